@@ -1,0 +1,59 @@
+"""Llama checkpoints in and out: load a model onto the mesh from any format, save it in any."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from llama_jax.checkpoint.formats import FORMATS, Checkpoint, Format, open_checkpoint, write_checkpoint
+from llama_jax.checkpoint.layout import ModelSource, read_model
+from llama_jax.mesh import inference_mesh_spec, make_mesh
+from llama_jax.model import Layout, Llama
+from llama_jax.paths import staged_directory
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    layout: Layout = "stacked",
+    overrides: dict[str, Any] | None = None,
+    allow_unknown_config: bool = False,
+) -> Llama:
+    """A model from a directory, run directory or hub id, split over the ambient mesh.
+
+    Each process reads only the slices that its devices hold. dtype defaults to the checkpoint's on
+    TPU and GPU and to float32 on CPU. Outside any mesh the largest legal `tensor` over all devices
+    becomes the global mesh. Raises ValueError or FileNotFoundError with what is wrong.
+    """
+    checkpoint = open_checkpoint(path, overrides=overrides, allow_unknown_config=allow_unknown_config)
+    return load_opened(checkpoint, dtype=dtype, layout=layout)
+
+
+def load_opened(checkpoint: Checkpoint, *, dtype: DTypeLike | None = None, layout: Layout = "stacked") -> Llama:
+    """`load` of a checkpoint that is already open."""
+    if jax.sharding.get_abstract_mesh().empty:
+        jax.set_mesh(make_mesh(inference_mesh_spec(checkpoint.cfg, jax.device_count())))
+    if dtype is None:
+        stored = checkpoint.source.tensors["model.embed_tokens.weight"].dtype
+        on_cpu = jax.sharding.get_mesh().devices.flat[0].platform == "cpu"
+        dtype = jnp.float32 if on_cpu else stored
+    return read_model(checkpoint.cfg, checkpoint.source, dtype=jnp.dtype(dtype), layout=layout)
+
+
+def save(model: Llama, path: str | Path, format: Format = "hf") -> None:
+    """Write the weights in their dtype and the config; the directory appears whole or not at all.
+
+    Raises ValueError for an unknown format, FileExistsError if the directory is not empty.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
+    if jax.process_count() > 1:
+        raise ValueError("saving a whole model from several processes is not built yet; convert a run's checkpoint")
+    with staged_directory(path) as staged:
+        write_checkpoint(staged, model.cfg, ModelSource(model), to=format)
+
+
+__all__ = ["FORMATS", "Checkpoint", "Format", "load", "load_opened", "open_checkpoint", "save"]

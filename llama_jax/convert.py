@@ -1,0 +1,90 @@
+"""Convert a checkpoint between formats: `python -m llama_jax.convert SRC DST --to hf|meta|orbax`.
+
+Streams canonical tensors from reader to writer, one in memory at a time, without a model: values
+are never touched, so HF -> any -> HF is equal to the bit unless --dtype asks for a cast.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from llama_jax.checkpoint.formats import COMPANION_FILES, FORMATS, CastSource, open_checkpoint, write_checkpoint
+from llama_jax.checkpoint.source import Source
+from llama_jax.entry import parse_settings, run_entry
+from llama_jax.paths import staged_directory, vacant_directory
+
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class _CountedSource:
+    """A source that moves a progress bar by the bytes that are read."""
+
+    def __init__(self, source: Source, bar: tqdm):
+        self._source, self._bar = source, bar
+        self.tensors = source.tensors
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor or its slice."""
+        values = self._source.read(name, index)
+        self._bar.update(values.nbytes)
+        return values
+
+
+def convert(src: str, dst: str, *, to, dtype: str | None = None, num_shards: int = 1, **opening) -> None:
+    """Write the checkpoint src as format `to` into the directory dst, with its tokenizer files.
+
+    dst appears whole or not at all. opening: overrides and allow_unknown_config of open_checkpoint.
+    Raises ValueError if src is not sound or the format cannot carry its config.
+    """
+    vacant_directory(dst)
+    checkpoint = open_checkpoint(src, **opening)
+    source = CastSource(checkpoint.source, DTYPES[dtype]) if dtype else checkpoint.source
+    total = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in source.tensors.values())
+    with (
+        staged_directory(dst) as staged,
+        tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not sys.stderr.isatty()) as bar,
+    ):
+        counted = _CountedSource(source, bar)
+        write_checkpoint(staged, checkpoint.cfg, counted, to=to, metadata=checkpoint.metadata, num_shards=num_shards)
+        copy_companions(checkpoint.companions, staged)
+
+
+def copy_companions(src: Path, dst: Path) -> None:
+    """Copy tokenizer, chat template and licence files where they exist."""
+    for pattern in COMPANION_FILES:
+        for file in src.glob(pattern):
+            shutil.copyfile(file, dst / file.name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m llama_jax.convert", description="Convert a checkpoint.")
+    parser.add_argument("src", metavar="SRC", help="directory, run directory or hub id")
+    parser.add_argument("dst", metavar="DST", help="directory to write; must not exist or be empty")
+    parser.add_argument("--to", required=True, choices=FORMATS)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the weights; default: keep them to the bit")
+    parser.add_argument("--num-shards", type=int, default=1, metavar="N", help="consolidated.NN.pth files of --to meta")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. rope.factor=32")
+    parser.add_argument("--allow-unknown-config", action="store_true", help="ignore unknown config attributes")
+    args = parser.parse_args(argv)
+    convert(
+        args.src,
+        args.dst,
+        to=args.to,
+        dtype=args.dtype,
+        num_shards=args.num_shards,
+        overrides=parse_settings(args.set),
+        allow_unknown_config=args.allow_unknown_config,
+    )
+    print(f"wrote {args.dst}")
+
+
+if __name__ == "__main__":
+    run_entry(main)

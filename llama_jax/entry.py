@@ -1,0 +1,47 @@
+"""What every command shares: one clear line for an error, and settings from the command line."""
+
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+
+def run_entry(main: Callable[[], None]) -> NoReturn:
+    """Run a command and exit: 0, 1 with one line on stderr for an error, 130 for Ctrl-C.
+
+    ValueError and OSError are what a user can cause; anything else is our mistake and shows its
+    traceback. LLAMA_JAX_TRACEBACK=1 shows it for all.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LLAMA_JAX_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Values of `--set key=value`, read as TOML and, where that fails, as text.
+
+    Raises ValueError for one without "=".
+    """
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {setting}: expected key=value")
+        try:
+            parsed[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed[key.strip()] = value.strip()
+    return parsed

@@ -1,0 +1,280 @@
+"""Llama 3.1 as Flax NNX modules on an explicit mesh: the file to read first.
+
+Source: The Llama 3 Herd of Models (arXiv 2407.21783) section 3.2. The invariants: each weight
+declares its shape, logical axes and initial spread in one line, from which initialisation,
+shardings and the checkpoint layout follow; modules hold no mutable state; every weight product
+goes through quantize.einsum; attention meets a cache only through its protocol.
+
+Letters: B batch, T tokens, S keys, D model width, F MLP width, V vocabulary (padded to the mesh),
+K KV heads, G query heads per KV head, H head dimension, L layers.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec, reshard
+
+from llama_jax.attention import Tokens, attend, self_attend
+from llama_jax.cache import LayerCache
+from llama_jax.config import LlamaConfig
+from llama_jax.mesh import ShardingRules, sharding_rules
+from llama_jax.quantize import einsum
+from llama_jax.rope import rope_angles, rotate
+
+Layout = Literal["stacked", "layers"]
+
+INIT_STDDEV = 0.02
+
+# What the backward pass finds saved of a layer: nothing, the weight products, or everything.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+
+
+def weight(
+    rngs: nnx.Rngs, rules: ShardingRules, shape: Sequence[int], axes: Sequence[str | None], stddev: float = INIT_STDDEV
+) -> nnx.Param:
+    """A float32 parameter of this shape, normally distributed, split by its logical axes."""
+    init = jax.nn.initializers.normal(stddev)
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32, out_sharding=rules(*axes)))
+
+
+def token_table(rngs: nnx.Rngs, cfg: LlamaConfig, rules: ShardingRules, axes: Sequence[str]) -> nnx.Param:
+    """A [V, D] table, rows padded with zeros to a multiple that the mesh divides.
+
+    Random bits are counted along rows, so the true rows are the same on every mesh.
+    """
+    rows = padded_vocab(cfg, rules)
+    table = weight(rngs, rules, (rows, cfg.embed_dim), axes)
+    if rows == cfg.vocab_size:
+        return table
+    return nnx.Param(jnp.where(jnp.arange(rows)[:, None] < cfg.vocab_size, table[...], 0.0))
+
+
+def padded_vocab(cfg: LlamaConfig, rules: ShardingRules) -> int:
+    """Rows of the embedding and of the head in memory."""
+    return -(-cfg.vocab_size // rules.vocab_multiple) * rules.vocab_multiple
+
+
+def split_like(x: Array, rules: ShardingRules, *axes: str | None) -> PartitionSpec:
+    """Batch and sequence split as in x [B, T, ...], further dimensions by logical axis."""
+    return PartitionSpec(*jax.typeof(x).sharding.spec[:2], *rules(*axes))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, statistics in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, cfg: LlamaConfig, rules: ShardingRules):
+        self.eps = cfg.norm_eps
+        self.scale = nnx.Param(jnp.ones((cfg.embed_dim,), jnp.float32, out_sharding=rules(None)))
+
+    def __call__(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D] in the dtype of x."""
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, cfg: LlamaConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+        d, k, g, h = cfg.embed_dim, cfg.num_kv_heads, cfg.num_groups, cfg.head_dim
+        self.rules = rules
+        self.wq = weight(rngs, rules, (d, k, g, h), ("embed", "kv_heads", "q_groups", None))
+        self.wk = weight(rngs, rules, (d, k, h), ("embed", "kv_heads", None))
+        self.wv = weight(rngs, rules, (d, k, h), ("embed", "kv_heads", None))
+        self.wo = weight(
+            rngs,
+            rules,
+            (k, g, h, d),
+            ("kv_heads", "q_groups", None, "embed"),
+            INIT_STDDEV / (2 * cfg.num_layers) ** 0.5,
+        )
+
+    def __call__(
+        self, x: Array, angles: tuple[Array, Array], tokens: Tokens, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache | None]:
+        """[B, T, D] -> [B, T, D], and the cache with these tokens in it (None without one)."""
+        split = functools.partial(split_like, x, self.rules)
+        q = rotate(
+            einsum("BTD,DKGH->BTKGH", x, self.wq[...], out_sharding=split("kv_heads", "q_groups", None)), *angles
+        )
+        k = rotate(einsum("BTD,DKH->BTKH", x, self.wk[...], out_sharding=split("kv_heads", None)), *angles)
+        v = einsum("BTD,DKH->BTKH", x, self.wv[...], out_sharding=split("kv_heads", None))
+        heads = split("kv_heads", "q_groups", None)
+        if cache is None:
+            whole = self.rules("batch", None, "kv_heads", None)
+            out = self_attend(q, reshard(k, whole), reshard(v, whole), tokens=tokens, out_sharding=heads)
+        else:
+            cache = cache.update(k, v, tokens.positions)
+            k, v, keys = cache.read()
+            # The mesh axes that split queries here split the cache's slots there: every device
+            # scores all queries of its KV heads against the slots that it holds.
+            q = reshard(q, self.rules("batch", None, "kv_heads", None, None))
+            queries = Tokens(reshard(tokens.positions, self.rules("batch", None)), None)
+            out = attend(q, k, v, queries=queries, keys=keys, out_sharding=heads)
+        return einsum("BTKGH,KGHD->BTD", out, self.wo[...], out_sharding=split(None)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward layer (arXiv 2002.05202)."""
+
+    def __init__(self, cfg: LlamaConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+        d, f = cfg.embed_dim, cfg.mlp_dim
+        self.rules = rules
+        self.w_gate = weight(rngs, rules, (d, f), ("embed", "mlp"))
+        self.w_up = weight(rngs, rules, (d, f), ("embed", "mlp"))
+        self.w_down = weight(rngs, rules, (f, d), ("mlp", "embed"), INIT_STDDEV / (2 * cfg.num_layers) ** 0.5)
+
+    def __call__(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
+        split = functools.partial(split_like, x, self.rules)
+        gate = einsum("BTD,DF->BTF", x, self.w_gate[...], out_sharding=split("mlp"))
+        up = einsum("BTD,DF->BTF", x, self.w_up[...], out_sharding=split("mlp"))
+        return einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, self.w_down[...], out_sharding=split(None))
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and MLP, each on the normed residual stream."""
+
+    def __init__(self, cfg: LlamaConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(cfg, rules)
+        self.attention = Attention(cfg, rules, rngs=rngs)
+        self.mlp_norm = RMSNorm(cfg, rules)
+        self.mlp = MLP(cfg, rules, rngs=rngs)
+
+    def __call__(
+        self, x: Array, angles: tuple[Array, Array], tokens: Tokens, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache | None]:
+        """[B, T, D] -> [B, T, D], and the cache with these tokens in it (None without one)."""
+        attended, cache = self.attention(self.attention_norm(x), angles, tokens, cache)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Llama(nnx.Module):
+    """The decoder: embedding, layers, norm and head.
+
+    layout "stacked" holds the layers as one Block whose arrays have a leading L, scanned in
+    training; "layers" holds one Block a layer, which decodes faster. Computes in the dtype of its
+    weights.
+    """
+
+    def __init__(
+        self,
+        cfg: LlamaConfig,
+        rules: ShardingRules | None = None,
+        *,
+        rngs: nnx.Rngs,
+        layout: Layout = "stacked",
+    ):
+        """A model with fresh weights, born split over the ambient mesh. Raises ValueError if that cannot be."""
+        self.cfg = cfg
+        self.rules = rules = sharding_rules(cfg) if rules is None else rules
+        self.embedding = token_table(rngs, cfg, rules, ("vocab_rows", "embed_tensor"))
+        keys = jax.random.split(rngs.params(), cfg.num_layers)
+        if layout == "stacked":
+            self.layers = jax.vmap(lambda key: Block(cfg, rules, rngs=nnx.Rngs(key)))(keys)
+        else:
+            self.layers = nnx.List([Block(cfg, rules, rngs=nnx.Rngs(key)) for key in keys])
+        self.final_norm = RMSNorm(cfg, rules)
+        self.head = None if cfg.tie_embeddings else token_table(rngs, cfg, rules, ("vocab", "embed"))
+
+    def __call__(self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
+        """Logits float32 [B, T, V] of tokens int32 [B, T] with the true vocabulary.
+
+        positions int32 [B, T] default to 0, 1, 2, ...; with segment_ids int32 [B, T] a token sees
+        only those of its own segment. Any B and T: they are padded here to what the mesh divides.
+        """
+        batch, length = tokens.shape
+        tokens, positions, segment_ids = self._padded(tokens, positions, segment_ids)
+        logits = self.unembed(self.hidden(tokens, positions, segment_ids))
+        if logits.shape != (batch, length, self.cfg.vocab_size):
+            logits = reshard(logits, PartitionSpec(None, None, None))[:batch, :length, : self.cfg.vocab_size]
+        return logits
+
+    def hidden(
+        self, tokens: Array, positions: Array, segment_ids: Array | None = None, *, remat: str = "none"
+    ) -> Array:
+        """Normed output of the last layer [B, T, D]; B and T must be what the mesh divides."""
+        x = self.embed(tokens)
+        split = PartitionSpec(*jax.typeof(x).sharding.spec[:2])
+        where = jax.tree.map(lambda ids: reshard(ids, split), Tokens(positions, segment_ids))
+        angles = rope_angles(self.cfg.rope, self.cfg.head_dim, where.positions)
+
+        @functools.partial(jax.checkpoint, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        def run(x: Array, layer: Block) -> tuple[Array, None]:
+            return layer(x, angles, where, None)[0], None
+
+        if isinstance(self.layers, Block):
+            x, _ = jax.lax.scan(run, x, self.layers)
+        else:
+            for layer in self.layers:
+                x, _ = run(x, layer)
+        return self.final_norm(x)
+
+    def extend(
+        self, tokens: Array, positions: Array, caches: Sequence[LayerCache]
+    ) -> tuple[Array, tuple[LayerCache, ...]]:
+        """Run tokens int32 [B, T] at positions int32 [B, T] on top of a cache a layer.
+
+        Prefill and decode alike. Returns the normed output [B, T, D] and the caches with the tokens
+        stored.
+        """
+        x = self.embed(tokens)
+        where = Tokens(reshard(positions, PartitionSpec(*jax.typeof(x).sharding.spec[:2])), None)
+        angles = rope_angles(self.cfg.rope, self.cfg.head_dim, where.positions)
+        extended = []
+        for layer, cache in zip(self.blocks(), caches, strict=True):
+            x, cache = layer(x, angles, where, cache)
+            extended.append(cache)
+        return self.final_norm(x), tuple(extended)
+
+    def blocks(self) -> list[Block]:
+        """The layers one by one; slices, when they are stacked."""
+        if isinstance(self.layers, Block):
+            return [jax.tree.map(lambda a, i=i: a[i], self.layers) for i in range(self.cfg.num_layers)]
+        return list(self.layers)
+
+    def embed(self, tokens: Array) -> Array:
+        """Rows of the embedding: int32 [B, T] -> [B, T, D]; one token a row is not split over `context`."""
+        sequence = "sequence" if tokens.shape[1] % self.rules.sequence_multiple == 0 else None
+        table, split = self.embedding[...], functools.partial(self.rules, "batch", sequence)
+        tokens = reshard(tokens, split())
+        return reshard(table.at[tokens].get(out_sharding=split("embed_tensor")), split(None))
+
+    def unembed(self, x: Array) -> Array:
+        """Logits float32 [B, T, V] of normed outputs [B, T, D]; the padding of V has the lowest float."""
+        table = self.embedding[...] if self.head is None else self.head[...]
+        if self.head is None:
+            table = reshard(table, self.rules("vocab", "embed"))
+        split = split_like(x, self.rules, "vocab")
+        logits = einsum("BTD,VD->BTV", x, table, out_sharding=split, out_dtype=jnp.float32)
+        if logits.shape[-1] == self.cfg.vocab_size:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < self.cfg.vocab_size, logits, jnp.finfo(jnp.float32).min)
+
+    def _padded(
+        self, tokens: Array, positions: Array | None, segment_ids: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        """Rows and columns padded to what the mesh divides; padding stands after every query."""
+        tokens = jnp.asarray(tokens, jnp.int32)
+        batch, length = tokens.shape
+        pad = ((0, -batch % self.rules.batch_multiple), (0, -length % self.rules.sequence_multiple))
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+        if pad == ((0, 0), (0, 0)):
+            return tokens, positions, segment_ids
+        after = jnp.iinfo(jnp.int32).max
+        positions = jnp.pad(jnp.asarray(positions, jnp.int32), pad, constant_values=after)
+        if segment_ids is not None:
+            segment_ids = jnp.pad(jnp.asarray(segment_ids, jnp.int32), pad, constant_values=-1)
+        return jnp.pad(tokens, pad), positions, segment_ids
