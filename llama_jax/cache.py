@@ -5,7 +5,7 @@ writes beyond its end is overwritten by the tokens that follow before any query 
 length is stored. Caches are values: update returns a new one, and jitted callers donate the old.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import jax
@@ -20,7 +20,16 @@ from llama_jax.mesh import ShardingRules
 
 
 class LayerCache(Protocol):
-    """Keys and values of one layer."""
+    """Keys and values of one layer.
+
+    empty is static: nothing has been stored yet, so the first tokens see each other alone and
+    need not read the cache.
+    """
+
+    @property
+    def empty(self) -> bool:
+        """Whether update was never called."""
+        ...
 
     def update(self, k: Array, v: Array, positions: Array) -> Self:
         """The cache with k and v [B, T, K, H] of tokens at positions int32 [B, T] stored."""
@@ -38,6 +47,7 @@ class ContiguousCache:
 
     k: Array
     v: Array
+    empty: bool = field(default=False, metadata={"static": True})
 
     def update(self, k: Array, v: Array, positions: Array) -> "ContiguousCache":
         """Store k and v [B, T, K, H] in the slots named by positions; those outside the cache are dropped."""
@@ -91,4 +101,4 @@ def init_cache(
     def zeros() -> Array:
         return jnp.zeros(shape, dtype, out_sharding=sharding)
 
-    return tuple(ContiguousCache(zeros(), zeros()) for _ in range(cfg.num_layers))
+    return tuple(ContiguousCache(zeros(), zeros(), empty=True) for _ in range(cfg.num_layers))

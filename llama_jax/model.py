@@ -110,11 +110,13 @@ class Attention(nnx.Module):
         k = rotate(einsum("BTD,DKH->BTKH", x, self.wk[...], out_sharding=split("kv_heads", None)), *angles)
         v = einsum("BTD,DKH->BTKH", x, self.wv[...], out_sharding=split("kv_heads", None))
         heads = split("kv_heads", "q_groups", None)
-        if cache is None:
+        alone = cache is None or cache.empty
+        if cache is not None:
+            cache = cache.update(k, v, tokens.positions)
+        if cache is None or alone:
             whole = self.rules("batch", None, "kv_heads", None)
             out = self_attend(q, reshard(k, whole), reshard(v, whole), tokens=tokens, out_sharding=heads)
         else:
-            cache = cache.update(k, v, tokens.positions)
             k, v, keys = cache.read()
             # The mesh axes that split queries here split the cache's slots there: every device
             # scores all queries of its KV heads against the slots that it holds.

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -265,6 +266,20 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path, error):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_disk_that_fails_is_an_os_error_and_leaves_nothing(tmp_path):
+    def stream():
+        yield "a", np.zeros(2, np.float32)
+        data = tmp_path / "out.orbax-checkpoint-tmp" / "ocdbt.process_0" / "d"
+        shutil.rmtree(data)
+        data.touch()
+        yield "b", np.zeros(2, np.float32)
+
+    specs = {name: TensorSpec((2,), np.dtype(np.float32)) for name in "ab"}
+    with pytest.raises(OSError, match="array 'b' could not be written: [^[]*$"):
+        write_orbax(tmp_path / "out", specs, stream())
+    assert os.listdir(tmp_path) == []
+
+
 def test_arrays_that_orbax_refuses_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="zero size.*empty"):
         save_arrays(tmp_path / "out", {"a": jax.numpy.ones(2), "empty": jax.numpy.ones(0)})
@@ -305,6 +320,13 @@ def test_damaged_data_name_the_array_and_leave_the_others_readable(written, dama
     assert same_bits(source.read("b"), np.ones(2, np.float32))
     with pytest.raises(ValueError, match="out: array 'a' is damaged or was never finished: .*a/c/0/0"):
         source.read("a")
+
+
+def test_a_chunk_that_was_never_written_is_not_taken_for_zeros(written):
+    base = {"driver": "file", "path": f"{written}/"}
+    ts.KvStore.open({"driver": "ocdbt", "base": base}).result().delete_range(ts.KvStore.KeyRange("a/c", "a/d")).result()
+    with pytest.raises(ValueError, match="out: array 'a' is damaged or was never finished"):
+        OrbaxSource(written).read("a")
 
 
 def test_damaged_arrays_of_ordinary_saving_are_named(tmp_path):

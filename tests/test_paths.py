@@ -41,6 +41,8 @@ def test_a_disk_that_fails_at_fsync_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space"), staged_directory(tmp_path / "out") as staged:
         (staged / "a").write_text("half")
+    with pytest.raises(OSError, match="No space"), staged_file(tmp_path / "a") as staged:
+        staged.write_text("half")
     assert os.listdir(tmp_path) == []
 
 

@@ -74,8 +74,8 @@ class OrbaxSource:
         try:
             yield
         except ValueError as error:
-            reason = str(error).split(" [")[0]  # what follows is the whole specification
-            raise ValueError(f"{self.directory}: array {name!r} is damaged or was never finished: {reason}") from None
+            reason = f"array {name!r} is damaged or was never finished: {_first_words(error)}"
+            raise ValueError(f"{self.directory}: {reason}") from None
 
 
 def write_orbax(
@@ -85,7 +85,8 @@ def write_orbax(
 
     The directory must be absent or empty and appears when it is complete. tensors yields (name,
     array) in the order of specs; each is let go before the next is asked for. Raises ValueError if
-    one differs from its spec or there are more processes, FileExistsError if the directory is in use.
+    one differs from its spec or there are more processes, FileExistsError if the directory is in use,
+    OSError if the disk fails.
     """
     if jax.process_count() > 1:
         raise ValueError(f"{directory}: tensors are streamed from one process, not {jax.process_count()}")
@@ -123,7 +124,10 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         context = ts.Context()
         for name, spec in self._specs.items():
             tensor = next_tensor(self._stream, name, spec)
-            _write_tensor(kvstore | {"path": name}, tensor, context)
+            try:
+                _write_tensor(kvstore | {"path": name}, tensor, context)
+            except ValueError as error:  # so tensorstore calls a full disk
+                raise OSError(f"array {name!r} could not be written: {_first_words(error)}") from None
             del tensor  # or it would live on while the next one is made
         expect_end(self._stream)
         return []
@@ -178,6 +182,10 @@ def _save(directory: str | os.PathLike, tree: Mapping[str, Any], handler: ocp.Py
     except BaseException:
         shutil.rmtree(f"{directory}{ocp.utils.TMP_DIR_SUFFIX}", ignore_errors=True)
         raise
+
+
+def _first_words(error: ValueError) -> str:
+    return str(error).split(" [")[0]  # tensorstore appends its whole specification
 
 
 def _read_metadata(directory: Path) -> tuple[dict[str, Any], list[str]]:
