@@ -54,7 +54,7 @@ OPEN_VENV = \
 	fi; \
 	rm -f $(VENV)/core $(VENV)/test
 
-INSTALL = $(RUN) pip install -q --disable-pip-version-check \
+INSTALL = $(RUN) pip install -qq --disable-pip-version-check \
 	-c constraints/py3$$($(VENV)/bin/python -c 'import sys; print(min(sys.version_info[1], 12))').txt
 
 .PHONY: help demo test lint clean

@@ -33,15 +33,16 @@ def attend(q: Array, k: Array, v: Array, *, queries: Tokens, keys: Tokens, out_s
     A split S (a cache over the mesh) is reduced across devices, which is the merge of partial
     softmaxes by their maximum and sum.
     """
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    # T before G, as in q: any other order transposes the largest array of the layer on CPU, 3.4x slower.
+    scores = jnp.einsum("BTKGH,BSKH->BKTGS", q, k, preferred_element_type=jnp.float32)
     visible = keys.positions[:, None, :] <= queries.positions[:, :, None]
     if queries.segment_ids is not None and keys.segment_ids is not None:
         visible &= keys.segment_ids[:, None, :] == queries.segment_ids[:, :, None]
     # A finite floor: a row of padding that sees nothing then averages instead of giving NaN.
-    scores = jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(visible[:, None, :, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
     scores = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     probs = scores / scores.sum(axis=-1, keepdims=True)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v, out_sharding=out_sharding)
+    return jnp.einsum("BKTGS,BSKH->BTKGH", probs.astype(v.dtype), v, out_sharding=out_sharding)
 
 
 def self_attend(q: Array, k: Array, v: Array, *, tokens: Tokens, out_sharding: PartitionSpec) -> Array:

@@ -253,13 +253,18 @@ class Llama(nnx.Module):
         tokens = reshard(tokens, split())
         return reshard(table.at[tokens].get(out_sharding=split("embed_tensor")), split(None))
 
-    def unembed(self, x: Array) -> Array:
-        """Logits float32 [B, T, V] of normed outputs [B, T, D]; the padding of V has the lowest float."""
+    def output_table(self) -> Array:
+        """The head [V, D], or the embedding where they are tied, whole in D: what `unembed` multiplies with."""
         table = self.embedding[...] if self.head is None else self.head[...]
-        if self.head is None:
-            table = reshard(table, self.rules("vocab", "embed"))
-        split = split_like(x, self.rules, "vocab")
-        logits = einsum("BTD,VD->BTV", x, table, out_sharding=split, out_dtype=jnp.float32)
+        return reshard(table, self.rules("vocab", None))
+
+    def unembed(self, x: Array, table: Array | None = None) -> Array:
+        """Logits float32 [B, T, V] of normed outputs [B, T, D]; the padding of V has the lowest float.
+
+        table is `output_table()`, given by a caller that gathers it once for many calls.
+        """
+        table = self.output_table() if table is None else table
+        logits = einsum("BTD,VD->BTV", x, table, out_sharding=split_like(x, self.rules, "vocab"), out_dtype=jnp.float32)
         if logits.shape[-1] == self.cfg.vocab_size:
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.cfg.vocab_size, logits, jnp.finfo(jnp.float32).min)

@@ -1,0 +1,78 @@
+"""Held-out loss at a context length, also by position: what shows that a longer context is used."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from llama_jax.model import Llama
+from train.data import Batch, TokenDataset, heldout_rows
+from train.device import put_batch
+from train.loss import token_losses
+
+
+@functools.partial(jax.jit, static_argnames="compute_dtype")
+def row_losses(params: Llama, batch: Batch, compute_dtype: DTypeLike) -> Array:
+    """Cross-entropy float32 [B, T] in nats of every token of a batch."""
+    model = jax.tree.map(lambda w: w.astype(compute_dtype), params)
+    x = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
+    return token_losses(model, x, batch.targets, model.output_table())
+
+
+def losses_by_position(
+    params: Llama, dataset: TokenDataset, seq_len: int, *, num_rows: int, compute_dtype: DTypeLike, min_tokens: int = 0
+) -> np.ndarray:
+    """Mean loss in nats at each position, float64 [seq_len], over the first tokens of held-out documents.
+
+    Raises ValueError if no held-out document reaches seq_len (or min_tokens).
+    """
+    rows = heldout_rows(dataset, seq_len, count=num_rows, min_document_tokens=min_tokens)
+    share = params.rules.batch_multiple * max(1, 2048 // seq_len)
+    total = np.zeros(seq_len)
+    for start in range(0, len(rows.tokens), share):
+        part = Batch(*(a[start : start + share] for a in rows))
+        filled = Batch(*(np.resize(a, (share, *a.shape[1:])) for a in part))
+        losses = np.asarray(row_losses(params, put_batch(filled, params.rules), compute_dtype), np.float64)
+        total += losses[: len(part.tokens)].sum(axis=0)
+    return total / len(rows.tokens)
+
+
+def position_ranges(short: int, long: int) -> list[tuple[int, int]]:
+    """[0, short), [short, 2 short), [2 short, 4 short), ... up to long."""
+    ends = [short]
+    while ends[-1] < long:
+        ends.append(min(2 * ends[-1], long))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def extension_report(before: dict[str, np.ndarray], after: dict[str, np.ndarray], short: int) -> list[dict]:
+    """Perplexity before and after a context extension, overall and by range of positions.
+
+    before and after hold losses by position of the documents at the "short" and the "long" context.
+    """
+    rows = [("short", 0, short)]
+    rows += [("long", start, stop) for start, stop in position_ranges(short, len(before["long"]))]
+    return [
+        {
+            "context": len(before[name]),
+            "positions": [start, stop],
+            "perplexity_before": math.exp(before[name][start:stop].mean()),
+            "perplexity_after": math.exp(after[name][start:stop].mean()),
+        }
+        for name, start, stop in rows
+    ]
+
+
+def format_report(rows: list[dict]) -> str:
+    """The report as a table."""
+    lines = [f"{'context':>8}  {'positions':>13}  {'perplexity before':>17}  {'after':>8}"]
+    for row in rows:
+        start, stop = row["positions"]
+        lines.append(
+            f"{row['context']:>8}  {f'{start}-{stop - 1}':>13}  "
+            f"{row['perplexity_before']:>17.2f}  {row['perplexity_after']:>8.2f}"
+        )
+    return "\n".join(lines)
