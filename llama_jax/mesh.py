@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
     Raises ValueError for an unknown, doubled or malformed axis, and for a product that is not
     num_devices.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     seen = set()
     for part in filter(None, (part.strip() for part in spec.split(","))):
         axis, _, size = (text.strip() for text in part.partition("="))
@@ -66,7 +67,7 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with explicit axes data, fsdp, context, tensor0, tensor1, ... from text.
 
     A mesh smaller than the number of devices takes the first ones, if they belong to one process.
@@ -89,7 +90,7 @@ def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 @contextlib.contextmanager
-def use_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = None) -> Iterator[Mesh]:
+def use_mesh(spec: str | None = None, devices: Sequence[Any] | None = None) -> Iterator[Mesh]:
     """Enter a mesh: "fsdp=2,tensor=2", or every device along fsdp when no text is given."""
     mesh = make_mesh("fsdp=-1" if spec is None else spec, devices)
     with jax.set_mesh(mesh):

@@ -21,7 +21,7 @@ import tiktoken
 import tokenizers
 
 # The 256 special tokens after the ranks, named as in the Llama 3.1 tokenizer.json.
-_META_SPECIAL_TOKENS = (
+META_SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
     "<|reserved_special_token_0|>",
@@ -35,7 +35,7 @@ _META_SPECIAL_TOKENS = (
     "<|python_tag|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
 )
-_META_WORDS = (
+META_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -192,8 +192,8 @@ def _from_tiktoken(data: bytes, config: dict) -> Tokenizer:
     ranks = {base64.b64decode(word): int(rank) for word, rank in zip(fields[::2], fields[1::2], strict=True)}
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise ValueError("ranks or single bytes are missing")
-    special_tokens = {name: len(ranks) + i for i, name in enumerate(_META_SPECIAL_TOKENS)}
-    encoding = tiktoken.Encoding("llama3", pat_str=_META_WORDS, mergeable_ranks=ranks, special_tokens=special_tokens)
+    special_tokens = {name: len(ranks) + i for i, name in enumerate(META_SPECIAL_TOKENS)}
+    encoding = tiktoken.Encoding("llama3", pat_str=META_WORDS, mergeable_ranks=ranks, special_tokens=special_tokens)
 
     def encode_text(text: str) -> list[int]:
         slices = (text[i : i + _META_MAX_CHARS] for i in range(0, len(text), _META_MAX_CHARS))

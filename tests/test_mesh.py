@@ -13,7 +13,7 @@ from llama_jax.cache import init_cache
 from llama_jax.config import PRESETS
 from llama_jax.mesh import AXES, inference_mesh_spec, legal_tensor_sizes, parse_mesh, sharding_rules, use_mesh
 from llama_jax.model import Llama
-from tests.reference import TINY
+from tests.tiny import TINY
 
 LAYOUTS = [
     "data=8",

@@ -15,7 +15,8 @@ from llama_jax.attention import Tokens
 from llama_jax.checkpoint.layout import ModelSource
 from llama_jax.model import Block
 from llama_jax.rope import inverse_frequencies, rope_angles, rotate
-from tests.reference import TINY, VARIANTS, hf_logits, hf_model, relative_error, save_hf
+from tests.reference import hf_logits, hf_model, relative_error, save_hf
+from tests.tiny import TINY, VARIANTS
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -23,7 +23,7 @@ from llama_jax.checkpoint.orbax import OrbaxSource, save_arrays
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.paths import staged_directory
-from train.optimizer import TrainState
+from train.optimizer import Optimizer, TrainState
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def save_step(run_dir: Path, cfg: LlamaConfig, state: TrainState, progress: Prog
     """Write a checkpoint of this step. Raises OSError, with earlier ones untouched, if that fails."""
     if jax.process_count() > 1:
         raise ValueError("training over several processes is not built yet; start one process")
-    moments = {name: optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu")}
+    moments = {name: optax.tree.get(state.opt_state, name) for name in ("mu", "nu")}
     path = run_dir / "checkpoints" / str(progress.step)
     with staged_directory(path) as staged:
         write_model_file(staged, cfg, {})
@@ -84,7 +84,7 @@ def remove_old_steps(run_dir: Path, keep: int) -> None:
             shutil.rmtree(run_dir / "checkpoints" / str(step))
 
 
-def initial_state(cfg: LlamaConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def initial_state(cfg: LlamaConfig, optimizer: Optimizer, seed: int) -> TrainState:
     """Fresh weights on the ambient mesh."""
 
     def init() -> TrainState:
@@ -94,18 +94,18 @@ def initial_state(cfg: LlamaConfig, optimizer: optax.GradientTransformation, see
     return jax.jit(init)()
 
 
-def state_from(checkpoint: str | Path, cfg: LlamaConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def state_from(checkpoint: str | Path, cfg: LlamaConfig, optimizer: Optimizer) -> TrainState:
     """The weights of any checkpoint with fresh optimizer state.
 
     Raises ValueError if its shapes are not those of cfg; RoPE scaling and context may differ.
     """
     opened = open_checkpoint(checkpoint)
-    check_tensors(cfg, opened.source, str(checkpoint))
+    check_tensors(cfg, opened.source, lambda name: opened.directory)
     params = read_model(cfg, opened.source, dtype=jnp.dtype("float32"))
     return TrainState(params, jax.jit(optimizer.init)(params))
 
 
-def resumed_state(run_dir: Path, step: int, cfg: LlamaConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def resumed_state(run_dir: Path, step: int, cfg: LlamaConfig, optimizer: Optimizer) -> TrainState:
     """Weights and optimizer state exactly as they were saved; the optimizer counts the stage's own steps."""
     directory = run_dir / "checkpoints" / str(step)
     state = state_from(directory, cfg, optimizer)
@@ -114,4 +114,6 @@ def resumed_state(run_dir: Path, step: int, cfg: LlamaConfig, optimizer: optax.G
         for name in ("mu", "nu")
     }
     count = jnp.asarray(read_progress(run_dir, step).phase_step, jnp.int32)
-    return state._replace(opt_state=optax.tree_utils.tree_set(state.opt_state, count=count, **moments))
+    opt_state = optax.tree.set(state.opt_state, count=count, **moments)
+    # Adam and the schedule count for themselves: one array for both could not be donated.
+    return state._replace(opt_state=jax.tree.map(lambda x: jnp.array(x) if x is count else x, opt_state))

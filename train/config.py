@@ -172,7 +172,7 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
 def _build(kind: Any, value: Any, where: str) -> Any:
     """A dataclass, tuple, mapping or plain value of the annotated type from what TOML holds."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be a table")
         hints = typing.get_type_hints(kind)

@@ -11,7 +11,7 @@ integer is the whole state of a run's data, on any number of processes.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ SPLITS = ("train", "heldout")
 
 
 class Batch(NamedTuple):
-    """Rows to train or evaluate on, each array [B, T], or [T] for a single row.
+    """Rows to train or evaluate on, each array [B, T], or [T] for a single row; NumPy's or, on the devices, JAX's.
 
     tokens: int32, the inputs. targets: int32, the token after each.
     positions: int32, from 0 at the first token that the row holds of each document.
@@ -30,11 +30,11 @@ class Batch(NamedTuple):
     loss_mask: float32, 0 where the target belongs to the next document, else 1.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-    loss_mask: np.ndarray
+    tokens: Any
+    targets: Any
+    positions: Any
+    segment_ids: Any
+    loss_mask: Any
 
 
 def read_metadata(directory: str | Path) -> dict:

@@ -16,23 +16,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from llama_jax.config import LlamaConfig
 from llama_jax.paths import staged_file
-from train.checkpoints import Progress, remove_old_steps, save_step
+from train.checkpoints import Progress, remove_old_steps, save_step, saved_steps
 from train.config import PhaseConfig, TrainConfig
 from train.data import Batches, PackedRows, TokenDataset
 from train.device import put_batch
 from train.evaluation import extension_report, format_report, losses_by_position
 from train.metrics import MetricsLog, clock, plot_loss, say
-from train.optimizer import TrainState, learning_rate_schedule, train_step
+from train.optimizer import Optimizer, TrainState, learning_rate_schedule, train_step
 
 
 class Stage:
     """One stage of a run, from wherever it stands to its end."""
 
-    def __init__(self, config: TrainConfig, name: str, run_dir: Path, optimizer: optax.GradientTransformation):
+    def __init__(self, config: TrainConfig, name: str, run_dir: Path, optimizer: Optimizer):
         """Reads the data; trains nothing yet."""
         self.config, self.name, self.run_dir = config, name, run_dir
         self.settings = config.stage[name]
@@ -54,7 +53,8 @@ class Stage:
             for phase_index in range(progress.phase, len(self.settings.phases)):
                 state, progress = self._train_phase(state, progress, phase_index, interrupted)
                 if interrupted:
-                    save_step(self.run_dir, self.model, state, progress)
+                    if progress.step not in saved_steps(self.run_dir):
+                        self._save(state, progress)
                     raise KeyboardInterrupt
         progress = dataclasses.replace(progress, stage_done=True)
         self._save(state, progress)
@@ -107,7 +107,7 @@ class Stage:
         if not np.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {progress.step}; lower the learning rate")
         speed = self.log.tokens_per_second()
-        rate = float(self._schedule(progress.phase_step - 1))
+        rate = float(np.asarray(self._schedule(progress.phase_step - 1)))
         left = (total - progress.phase_step) * self.settings.batch_tokens / speed
         flops = self.model.train_flops_per_token(phase.seq_len) * speed
         self.log.write(

@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 from llama_jax.paths import local_path, staged_directory
-from llama_jax.tokenizer import _META_SPECIAL_TOKENS, _META_WORDS, Tokenizer, load_tokenizer
+from llama_jax.tokenizer import META_SPECIAL_TOKENS, META_WORDS, Tokenizer, load_tokenizer
 from train import corpus
 from train.data import FORMAT_VERSION, SPLITS, read_metadata
 
@@ -98,24 +98,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
     Ids: 256 bytes, then the merges, then the 256 special tokens of Llama 3 up to vocab_size - 1.
     Raises ValueError if vocab_size is too small for these, or too large for the texts.
     """
-    smallest = 256 + len(_META_SPECIAL_TOKENS)
+    smallest = 256 + len(META_SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ValueError(f"vocab_size={vocab_size} is below {smallest}, 256 bytes and 256 special tokens")
     backend = tokenizers.Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(tokenizers.Regex(_META_WORDS), "isolated")
+    words = pre_tokenizers.Split(tokenizers.Regex(META_WORDS), "isolated")
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_of_words])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(_META_SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(META_SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in _META_SPECIAL_TOKENS])
+    backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in META_SPECIAL_TOKENS])
     if (reached := backend.get_vocab_size()) != vocab_size:
         raise ValueError(f"the text has pairs for vocab_size={reached} only, not {vocab_size}; lower it or add text")
-    bos, eos = _META_SPECIAL_TOKENS[:2]
+    bos, eos = META_SPECIAL_TOKENS[:2]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
     )
