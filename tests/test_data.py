@@ -52,7 +52,7 @@ def test_three_documents_are_packed_as_written_out_here(tmp_path):
     # Thirteen tokens: two rows of five inputs, the last target of the first row opens the second.
     rows = PackedRows(dataset, 5, next(seed for seed in range(99) if opens_with(dataset, seed, [2, 3, 1])))
     assert len(rows) == 2
-    first, second = rows.row(0), rows.row(1)
+    first, second = sorted((rows.row(0), rows.row(1)), key=lambda row: row.tokens[0] != 2)
     assert first.tokens.tolist() == [2, 21, 9, 3, 31]
     assert first.targets.tolist() == [21, 9, 3, 31, 32]
     assert first.positions.tolist() == [0, 1, 2, 0, 1]
@@ -117,8 +117,16 @@ def test_epochs_and_seeds_have_different_orders(directory, rows):
 def test_the_shuffle_is_the_documented_one_and_stays_so(rows):
     draws = np.random.Philox(np.random.SeedSequence(3, spawn_key=(1,))).random_raw(37)
     first = rows.dataset.document(int(np.argmin(draws)))
-    assert rows.row(len(rows)).tokens[0] == first[0]
+    opening = [row for i in range(len(rows)) if (row := rows.row(len(rows) + i)).tokens[0] == first[0]]
+    assert len(opening) == 1 and opening[0].positions[0] == 0
     assert int(np.argmin(draws)) == 28
+
+
+def test_rows_of_one_document_are_spread_over_the_epoch(tmp_path):
+    long, short = [[1, *range(100, 700)], *([1, 7, 9] for _ in range(200))], 16
+    rows = PackedRows(TokenDataset(write_dataset(tmp_path / "data", long), "train"), short, seed=0)
+    from_long = [i for i in range(len(rows)) if rows.row(i).tokens.max() >= 100]
+    assert max(from_long) - min(from_long) > 0.8 * len(rows)
 
 
 def test_a_row_depends_on_neither_the_rows_before_nor_the_process(directory, rows):

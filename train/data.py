@@ -109,14 +109,16 @@ def _memory_map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
 class PackedRows:
     """Rows of seq_len tokens over a dataset, epoch after epoch without end.
 
-    Each epoch takes the documents in a new order, end to end, and row i holds the tokens from
-    i * seq_len on and, as the last target, the first token of row i + 1: each token is an input once
-    and, unless it starts a document, a target once. What is left after the last whole row, at most
-    seq_len tokens, is dropped; the next epoch's order leaves out other tokens. A document that a row
-    boundary cuts goes on in the next row at position 0 and does not see its beginning.
+    Each epoch lays the documents end to end in a new order and cuts them every seq_len tokens; a row
+    also holds, as its last target, the first token after the cut: each token is an input once and,
+    unless it starts a document, a target once. What is left after the last whole row, at most
+    seq_len tokens, is dropped; the next epoch's order leaves out other tokens. A document that a cut
+    divides goes on in another row at position 0 and does not see its beginning. The rows then come
+    in a shuffled order, because neighbours are parts of one document, and a batch of them would be
+    one long sample.
 
-    The order of an epoch sorts the documents by the raw 64-bit draws of Philox, keyed by
-    SeedSequence(seed, spawn_key=(epoch,)): streams that NumPy promises never to change (NEP 19).
+    Both orders sort by the raw 64-bit draws of Philox, keyed by SeedSequence(seed, spawn_key=(epoch,)):
+    streams that NumPy promises never to change (NEP 19).
     """
 
     def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, *, min_document_tokens: int = 0):
@@ -148,7 +150,8 @@ class PackedRows:
         epoch, row = divmod(index, self._num_rows)
         if epoch != self._epoch[0]:
             self._epoch = self._shuffle(epoch)
-        _, order, ends = self._epoch
+        _, order, ends, rows = self._epoch
+        row = rows[row]
         begin, end = row * self.seq_len, (row + 1) * self.seq_len + 1
         first, last = np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, end, side="left")
         pieces = []
@@ -159,11 +162,12 @@ class PackedRows:
             pieces.append(self.dataset.tokens[start + shift : min(end, document_end) + shift])
         return _pack(pieces)
 
-    def _shuffle(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """The epoch, its documents in order, and where each ends when they are laid end to end."""
-        draws = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(epoch,))).random_raw(len(self._documents))
-        order = self._documents[np.argsort(draws, kind="stable")]
-        return epoch, order, np.cumsum(self.dataset.lengths[order])
+    def _shuffle(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """The epoch, its documents in order, where each ends when they are laid end to end, and its rows in order."""
+        stream = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
+        order = self._documents[np.argsort(stream.random_raw(len(self._documents)), kind="stable")]
+        rows = np.argsort(stream.random_raw(self._num_rows), kind="stable")
+        return epoch, order, np.cumsum(self.dataset.lengths[order]), rows
 
 
 class Batches:
