@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import reshard
+from jax.sharding import PartitionSpec, reshard
 
 from infer.request import Request, Result
 from infer.sampling import RowSettings, SamplingParams, row_settings, sample
@@ -40,6 +40,16 @@ class Throughput:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
 
+    def clock(self) -> float:
+        """Seconds that do not pass while a program compiles."""
+        return time.perf_counter() - self.compile_seconds
+
+    def __str__(self) -> str:
+        return (
+            f"prefill {self.prefill_tokens_per_second:.1f} tokens/s, "
+            f"decode {self.decode_tokens_per_second:.1f} tokens/s, compiled in {self.compile_seconds:.1f} s"
+        )
+
     @property
     def prefill_tokens_per_second(self) -> float:
         """Prompt tokens a second, padding not counted."""
@@ -52,15 +62,21 @@ class Throughput:
 
 
 class DecodeState(NamedTuple):
-    """Where each row of a batch stands: the last token and its position int32 [B], tokens left int32 [B]."""
+    """Where each row of a batch stands and how it goes on.
 
-    tokens: Array
-    positions: Array
-    left: Array
+    tokens and positions int32 [B] are those of its last token, left int32 [B] is how many may still
+    come (0: it has ended), stops int32 [B, N] end it, filled up with -1.
+    """
+
+    tokens: Array | np.ndarray
+    positions: Array | np.ndarray
+    left: Array | np.ndarray
+    stops: Array | np.ndarray
+    settings: RowSettings
 
 
 class Engine:
-    """Continues prompts with a model, on the ambient mesh."""
+    """Continues prompts with a model, on the mesh that the model lies on."""
 
     def __init__(
         self,
@@ -74,11 +90,13 @@ class Engine:
         """Serve a model; layout "layers" decodes fastest.
 
         max_seq_len bounds prompt plus new tokens, by default and at most the model's. Raises
-        ValueError if the tokenizer has more tokens than the model.
+        ValueError for a number out of range and if the tokenizer has more tokens than the model.
         """
         limit = model.cfg.max_seq_len
         if max_seq_len is not None and not 1 <= max_seq_len <= limit:
             raise ValueError(f"max_seq_len={max_seq_len} must be between 1 and the model's {limit}")
+        if max_batch_size < 1 or steps_per_dispatch < 1:
+            raise ValueError(f"{max_batch_size=} and {steps_per_dispatch=} must be at least 1")
         if tokenizer is not None and tokenizer.vocab_size > model.cfg.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model {model.cfg.vocab_size}; "
@@ -90,8 +108,8 @@ class Engine:
         self.throughput = Throughput()
         leaves, tree = jax.tree.flatten(model)
         self._weights = tuple(leaves)
-        dtype = model.embedding[...].dtype
-        self._prefill = jax.jit(partial(_prefill, tree, dtype), static_argnames="num_slots")
+        self._mesh = leaves[0].sharding.mesh
+        self._prefill = jax.jit(partial(_prefill, tree), static_argnames="num_slots")
         self._decode = jax.jit(partial(_decode, tree, steps_per_dispatch), donate_argnames=("state", "caches"))
         self._compiled: dict = {}
 
@@ -109,9 +127,8 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """The continuation of one prompt, piece by piece, never half a character."""
-        for _, text in self.run(self.requests(prompt, params)):
-            if text:
-                yield text
+        requests = self.requests([prompt], params)  # here and not in a generator, so that errors come at once
+        return (text for _, text in self.run(requests) if text)
 
     def requests(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -126,7 +143,7 @@ class Engine:
         return [self._request(prompt, p) for prompt, p in zip(batch, params, strict=True)]
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        text, tokens = self._tokenize(prompt)
+        tokens = self._tokenize(prompt) if len(prompt) else []
         if not tokens:
             raise ValueError("the prompt is empty; give at least one character or token")
         if len(tokens) >= self.max_seq_len:
@@ -137,16 +154,17 @@ class Engine:
         if outside:
             raise ValueError(f"prompt token {outside[0]} is outside the vocabulary of {self.cfg.vocab_size}")
         room = min(params.max_new_tokens, self.max_seq_len - len(tokens))
-        return Request(Result(text, tokens), params, self.tokenizer, room)
+        result = Result(prompt if isinstance(prompt, str) else None, tokens)
+        return Request(result, params, self.tokenizer, room)
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if not isinstance(prompt, str) and (len(prompt) == 0 or not isinstance(prompt[0], dict)):
-            return None, [int(token) for token in prompt]  # type: ignore[arg-type]
+    def _tokenize(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str) and not isinstance(prompt[0], dict):
+            return [int(token) for token in prompt]  # type: ignore[arg-type]
         if self.tokenizer is None:
             raise ValueError("a prompt of text needs a tokenizer; give token ids or a checkpoint with a tokenizer")
         if isinstance(prompt, str):
-            return prompt, self.tokenizer.encode(prompt, bos=self.tokenizer.bos_id is not None) if prompt else []
-        return None, encode_chat(self.tokenizer, list(prompt))  # type: ignore[arg-type]
+            return self.tokenizer.encode(prompt, bos=self.tokenizer.bos_id is not None)
+        return encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
         """Continue requests, yielding (index of the request, new text) as it comes."""
@@ -157,36 +175,41 @@ class Engine:
 
     def _run_batch(self, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
         measured = self.throughput
-        began, compiled_before = time.perf_counter(), measured.compile_seconds
-        batch = self._padded(requests)
-        num_slots = self._num_slots(requests)
-        state, caches, *first = self._call(self._prefill, self._weights, *batch, num_slots=num_slots)
-        pending = self._dispatch(requests, state, caches, *batch[3:])
-        yield from _take(requests, *(np.asarray(x)[:, None] for x in first))
-        measured.prefill_tokens += sum(len(request.result.prompt_tokens) for request in requests)
-        measured.prefill_seconds += time.perf_counter() - began - (measured.compile_seconds - compiled_before)
-
-        began, before = time.perf_counter(), sum(len(request.result.tokens) for request in requests)
+        began, first_read = measured.clock(), None
+        tokens, state, num_slots = self._padded(requests)
+        chunk = self._call(self._prefill, self._weights, tokens, state, num_slots=num_slots)
         while any(request.unfinished for request in requests):
-            state, caches, *tokens = pending
-            pending = self._dispatch(requests, state, caches, *batch[3:])
-            yield from _take(requests, *(np.asarray(x) for x in tokens))
-        measured.decode_tokens += sum(len(request.result.tokens) for request in requests) - before
-        measured.decode_seconds += time.perf_counter() - began
+            state, caches, *new = chunk
+            chunk = self._dispatch(requests, state, caches, in_flight=new[0].shape[1])
+            new = [np.asarray(x) for x in new]
+            first_read = first_read or measured.clock()
+            for i, request in enumerate(requests):
+                if request.unfinished:
+                    yield i, request.push(new[0][i], new[1][i])
+        assert first_read is not None
+        measured.prefill_tokens += sum(len(request.result.prompt_tokens) for request in requests)
+        measured.prefill_seconds += first_read - began
+        measured.decode_tokens += sum(len(request.result.tokens) - 1 for request in requests)
+        measured.decode_seconds += measured.clock() - first_read
 
-    def _dispatch(self, requests: Sequence[Request], state, caches, settings, stops):
-        """Start decoding the next tokens; rows that the host has ended stay where they are."""
-        alive = np.zeros(len(stops), bool)
+    def _dispatch(self, requests: Sequence[Request], state: DecodeState, caches, *, in_flight: int) -> tuple:
+        """Start decoding what follows the tokens in flight; () if they fill all the room there is."""
+        if all(not r.unfinished or len(r.result.tokens) + in_flight >= r.room for r in requests):
+            return ()
+        # A stop string is seen on the host alone: the row then ends here.
+        alive = np.zeros(len(state.tokens), bool)
         alive[: len(requests)] = [request.unfinished for request in requests]
-        return self._call(self._decode, self._weights, state, caches, settings, stops, alive)
+        return self._call(self._decode, self._weights, state, caches, alive)
 
     def _call(self, function, *args, **static):
         """Run a jitted function, compiling it first, with the time taken apart, if its bucket is new."""
         shapes = tuple(x.shape for x in jax.tree.leaves(args[1:]))
         key = (function, shapes, *static.values())
         if key not in self._compiled:
+            jax.block_until_ready(args)  # or what still runs would be taken for compiling
             began = time.perf_counter()
-            self._compiled[key] = function.lower(*args, **static).compile()
+            with jax.set_mesh(self._mesh):
+                self._compiled[key] = function.lower(*args, **static).compile()
             self.throughput.compile_seconds += time.perf_counter() - began
         return self._compiled[key](*args)
 
@@ -195,73 +218,67 @@ class Engine:
         """How many programs have been compiled: two for each new bucket of shapes."""
         return len(self._compiled)
 
-    def _num_slots(self, requests: Sequence[Request]) -> int:
-        needed = max(len(request.result.prompt_tokens) + request.room for request in requests)
-        return _bucket(needed, self.rules.cache_multiple)
+    def _padded(self, requests: Sequence[Request]) -> tuple[np.ndarray, DecodeState, int]:
+        """Prompts int32 [B, T], the state before their first new token, and the cache slots a row, in buckets."""
+        lengths = [len(request.result.prompt_tokens) for request in requests]
+        total = max(length + request.room for length, request in zip(lengths, requests, strict=True))
+        num_rows = _bucket(len(requests), self.max_batch_size, self.rules.batch_multiple)
+        length = _bucket(max(_MIN_BUCKET, *lengths), self.max_seq_len, self.rules.sequence_multiple)
+        num_slots = _bucket(max(_MIN_BUCKET, total), self.max_seq_len, self.rules.cache_multiple)
 
-    def _padded(self, requests: Sequence[Request]):
-        """Prompts [B, T], lengths [B], tokens wanted [B], settings and stop tokens [B, N], padded to buckets."""
-        num_rows = _bucket(len(requests), self.rules.batch_multiple, smallest=1)
-        length = _bucket(max(len(r.result.prompt_tokens) for r in requests), self.rules.sequence_multiple)
-        width = _bucket(max(len(r.stop_tokens) for r in requests), 1, smallest=4)
-        tokens, stops = np.zeros((num_rows, length), np.int32), np.full((num_rows, width), -1, np.int32)
-        lengths, wanted = np.ones(num_rows, np.int32), np.zeros(num_rows, np.int32)
+        tokens = np.zeros((num_rows, length), np.int32)
+        last, left = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
+        num_stops = max(4, *(len(request.stop_tokens) for request in requests))
+        stops = np.full((num_rows, _bucket(num_stops)), -1, np.int32)
         for i, request in enumerate(requests):
-            prompt = request.result.prompt_tokens
-            tokens[i, : len(prompt)], lengths[i], wanted[i] = prompt, len(prompt), request.room
+            tokens[i, : lengths[i]] = request.result.prompt_tokens
+            last[i], left[i] = lengths[i] - 1, request.room
             stops[i, : len(request.stop_tokens)] = sorted(request.stop_tokens)
-        padding = [SamplingParams()] * (num_rows - len(requests))
-        settings = row_settings([request.params for request in requests] + padding)
-        return tokens, lengths, wanted, settings, stops
+        params = [request.params for request in requests] + [SamplingParams()] * (num_rows - len(requests))
+        return tokens, DecodeState(np.zeros_like(last), last, left, stops, row_settings(params)), num_slots
 
 
-def _take(requests: Sequence[Request], tokens: np.ndarray, logprobs: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Hand each request its new tokens [B, N] (-1 where its row had ended)."""
-    for i, request in enumerate(requests):
-        if request.unfinished:
-            yield i, request.push(tokens[i], logprobs[i])
+def _bucket(number: int, limit: int | None = None, multiple: int = 1) -> int:
+    """The next power of two, at most limit, rounded up to what the mesh divides."""
+    size = 1 << (number - 1).bit_length()
+    return -(-min(size, limit or size) // multiple) * multiple
 
 
-def _bucket(number: int, multiple: int, smallest: int = _MIN_BUCKET) -> int:
-    """The next power of two, rounded up to what the mesh divides."""
-    size = max(smallest, 1 << (number - 1).bit_length())
-    return -(-size // multiple) * multiple
+def _prefill(tree, weights, tokens, state: DecodeState, *, num_slots: int):
+    """Run prompts int32 [B, T] into fresh caches and choose their first tokens.
 
-
-def _prefill(tree, dtype, weights, tokens, lengths, wanted, settings, stops, *, num_slots: int):
-    """Run prompts int32 [B, T] of lengths [B] into fresh caches; returns state, caches, tokens, log-probabilities."""
+    Returns state, caches, tokens int32 [B, 1] (-1 in padding rows) and log-probabilities float32 [B, 1].
+    """
     model: Llama = jax.tree.unflatten(tree, weights)
-    caches = init_cache(model.cfg, model.rules, tokens.shape[0], num_slots, dtype=dtype)
+    rules = model.rules
+    state = jax.tree.map(lambda x: reshard(x, rules("batch")), state)
+    caches = init_cache(model.cfg, rules, len(tokens), num_slots, dtype=model.embedding[...].dtype)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden, caches = model.extend(tokens, positions, caches)
-    rows = model.rules("batch")
-    hidden = reshard(hidden, model.rules("batch", None, None))
-    last = jax.vmap(lambda row, length: jax.lax.dynamic_index_in_dim(row, length - 1, keepdims=True))(
-        hidden, reshard(lengths, rows)
-    )
-    state = DecodeState(*(reshard(x, rows) for x in (jnp.zeros_like(lengths), lengths - 1, wanted)))
-    state, token, logprob = _choose(model, last, state, settings, stops)
-    return state, caches, token, logprob
+    # A masked sum and not a look-up: it leaves a sequence split over `context` where it is.
+    is_last = (positions == state.positions[:, None])[..., None]
+    last = jnp.sum(jnp.where(is_last, hidden, 0), axis=1, keepdims=True)
+    state, token, logprob = _choose(model, last, state)
+    return state, caches, *_readable(token[:, None], logprob[:, None])
 
 
-def _decode(tree, num_steps, weights, state: DecodeState, caches, settings, stops, alive):
-    """Decode up to num_steps tokens of every row that goes on.
+def _decode(tree, num_steps, weights, state: DecodeState, caches, alive):
+    """Decode up to num_steps tokens of every row that is alive and has not ended.
 
     Returns state, caches, tokens int32 [B, num_steps] (-1 where a row had ended) and their
     log-probabilities float32 [B, num_steps].
     """
     model: Llama = jax.tree.unflatten(tree, weights)
-    rows = model.rules("batch")
+    rows, columns = model.rules("batch"), model.rules("batch", None)
     state = state._replace(left=jnp.where(reshard(alive, rows), state.left, 0))
-    batch = state.tokens.shape[0]
-    columns = model.rules("batch", None)
-    tokens = reshard(jnp.full((batch, num_steps), -1, jnp.int32), columns)
-    logprobs = reshard(jnp.zeros((batch, num_steps), jnp.float32), columns)
+    shape = (len(alive), num_steps)
+    tokens = jnp.full(shape, -1, jnp.int32, out_sharding=columns)
+    logprobs = jnp.zeros(shape, jnp.float32, out_sharding=columns)
 
     def step(carry):
         i, state, caches, tokens, logprobs = carry
         hidden, caches = model.extend(state.tokens[:, None], state.positions[:, None], caches)
-        state, token, logprob = _choose(model, hidden, state, settings, stops)
+        state, token, logprob = _choose(model, hidden, state)
         here = jnp.arange(num_steps) == i
         tokens = jnp.where(here, token[:, None], tokens)
         return i + 1, state, caches, tokens, jnp.where(here, logprob[:, None], logprobs)
@@ -270,21 +287,25 @@ def _decode(tree, num_steps, weights, state: DecodeState, caches, settings, stop
         i, state, *_ = carry
         return (i < num_steps) & jnp.any(state.left > 0)
 
-    _, *results = jax.lax.while_loop(unfinished, step, (0, state, caches, tokens, logprobs))
-    return results
+    _, state, caches, *new = jax.lax.while_loop(unfinished, step, (0, state, caches, tokens, logprobs))
+    return state, caches, *_readable(*new)
 
 
-def _choose(model: Llama, hidden: Array, state: DecodeState, settings: RowSettings, stops: Array):
+def _choose(model: Llama, hidden: Array, state: DecodeState) -> tuple[DecodeState, Array, Array]:
     """Sample from hidden [B, 1, D]; rows that had ended give -1 and stay where they are."""
-    rows = model.rules("batch")
     logits = reshard(model.unembed(hidden), model.rules("batch", None, None))[:, 0, : model.cfg.vocab_size]
-    settings = jax.tree.map(lambda x: reshard(x, rows), settings)
     positions = state.positions + 1
-    token, logprob = sample(logits, settings, positions)
+    token, logprob = sample(logits, state.settings, positions)
+    stopped = jnp.any(token[:, None] == state.stops, axis=-1)
     going = state.left > 0
-    stopped = jnp.any(token[:, None] == reshard(stops, model.rules("batch", None)), axis=-1)
-    left = jnp.where(stopped, 0, jnp.maximum(state.left - 1, 0))
-    state = DecodeState(
-        jnp.where(going, token, state.tokens), jnp.where(going, positions, state.positions), jnp.where(going, left, 0)
+    after = state._replace(
+        tokens=jnp.where(going, token, state.tokens),
+        positions=jnp.where(going, positions, state.positions),
+        left=jnp.where(going & ~stopped, state.left - 1, 0),
     )
-    return state, jnp.where(going, token, -1), logprob
+    return after, jnp.where(going, token, -1), logprob
+
+
+def _readable(*arrays: Array) -> list[Array]:
+    """Whole on every device, so that every process can read them."""
+    return [reshard(x, PartitionSpec()) for x in arrays]

@@ -27,12 +27,13 @@ class Result:
 class Request:
     """One prompt and its continuation as the tokens arrive.
 
-    Text that could be the beginning of a stop string is held back until it is not, so that a
-    stream never shows part of one.
+    The text is what decoding the tokens after the prompt adds to decoding the prompt, so that a
+    character or a space between the two is not lost. What could be the beginning of a stop string
+    is held back until it is not, so that a stream never shows part of one.
     """
 
     def __init__(self, result: Result, params: SamplingParams, tokenizer: Tokenizer | None, room: int):
-        """Up to room tokens may be added, at most max_new_tokens."""
+        """Up to room tokens may be added. Raises ValueError for stop strings without a tokenizer."""
         if params.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         self.result = result
@@ -40,10 +41,14 @@ class Request:
         self.room = room
         own = frozenset() if tokenizer is None or params.ignore_eos else tokenizer.stop_ids
         self.stop_tokens = own | frozenset(params.stop_tokens)
-        self._stream = None if tokenizer is None else tokenizer.stream()
+        self._longest_stop = max(map(len, params.stop), default=0)
         self._shown = 0
+        self._tokenizer = tokenizer
         if tokenizer is not None:
             result.text = ""
+            self._stream = tokenizer.stream()
+            for token in result.prompt_tokens:
+                self._decode(token)
 
     @property
     def unfinished(self) -> bool:
@@ -51,51 +56,52 @@ class Request:
         return self.result.finish_reason is None
 
     def push(self, tokens: np.ndarray, logprobs: np.ndarray) -> str:
-        """Take new tokens until the text ends; returns the text that may be shown now."""
+        """Take new tokens, -1 after the last, until the text ends; returns the text that may be shown now."""
         for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-            if token < 0:
+            if token < 0 or not self.unfinished:
                 break
-            self._push(token, logprob)
-            if not self.unfinished:
-                break
+            self.result.tokens.append(token)
+            self.result.logprobs.append(logprob)
+            self._advance(token)
         return self._show()
 
-    def _push(self, token: int, logprob: float) -> None:
+    def _advance(self, token: int) -> None:
         result = self.result
-        result.tokens.append(token)
-        result.logprobs.append(logprob)
         if token in self.stop_tokens:
             result.finish_reason = "stop"
-        elif self._stream is not None:
-            self._add(self._stream.push(token))
-        if self.unfinished and len(result.tokens) >= self.room:
-            result.finish_reason = "length"
-        if not self.unfinished and self._stream is not None and not self._stopped_by_string():
+        else:
+            if self._add(self._decode(token)):
+                return
+            if len(result.tokens) == self.room:
+                result.finish_reason = "length"
+        if not self.unfinished and self._tokenizer is not None:
             self._add(self._stream.flush())
 
-    def _add(self, text: str) -> None:
-        assert self.result.text is not None
-        searched = max(0, len(self.result.text) - self._longest_stop())
-        self.result.text += text
-        found = [at for stop in self.params.stop if (at := self.result.text.find(stop, searched)) >= 0]
+    def _decode(self, token: int) -> str:
+        """The text that a token adds; none if only the model, whose vocabulary may be padded, knows it."""
+        if self._tokenizer is None or token >= self._tokenizer.vocab_size:
+            return ""
+        return self._stream.push(token)
+
+    def _add(self, text: str) -> bool:
+        """Append to the text; true if that completed a stop string, which is cut off."""
+        if not text:
+            return False
+        before = self.result.text or ""
+        after = before + text
+        begin = max(0, len(before) - self._longest_stop)
+        found = [at for stop in self.params.stop if (at := after.find(stop, begin)) >= 0]
+        self.result.text = after[: min(found)] if found else after
         if found:
-            self.result.text = self.result.text[: min(found)]
             self.result.finish_reason = "stop"
-
-    def _stopped_by_string(self) -> bool:
-        return self.result.finish_reason == "stop" and self.result.tokens[-1] not in self.stop_tokens
-
-    def _longest_stop(self) -> int:
-        return max((len(stop) for stop in self.params.stop), default=0)
+        return bool(found)
 
     def _show(self) -> str:
         """Text not shown yet, less a tail that a stop string may begin with."""
-        text = self.result.text
-        if text is None:
-            return ""
+        text = self.result.text or ""
         end = len(text)
         if self.unfinished:
             tails = (k for stop in self.params.stop for k in range(len(stop) - 1, 0, -1) if text.endswith(stop[:k]))
             end -= max(tails, default=0)
-        shown, self._shown = text[self._shown : end], max(self._shown, end)
+        shown, self._shown = text[self._shown : end], end
         return shown

@@ -46,7 +46,8 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p <= 1, "between 0 (off) and 1"),
             "seed": (0 <= self.seed < 2**32, "between 0 and 2**32 - 1"),
-            "stop": (all(self.stop), "strings that are not empty"),
+            "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty"),
+            "stop_tokens": (all(0 <= token < 2**31 for token in self.stop_tokens), "token ids"),
         }
         for name, (legal, expected) in limits.items():
             if not legal:
@@ -72,7 +73,7 @@ def row_settings(params: Sequence[SamplingParams]) -> RowSettings:
     )
 
 
-def sample(logits: Array, settings: RowSettings, positions: Array) -> tuple[Array, Array]:
+def sample(logits: Array, settings: RowSettings, positions: Array | np.ndarray) -> tuple[Array, Array]:
     """The next token int32 [B] and its log-probability float32 [B], from logits float32 [B, V].
 
     positions int32 [B] are those of the tokens to be chosen and vary the noise along a text. The
