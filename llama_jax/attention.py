@@ -28,13 +28,13 @@ class Tokens(NamedTuple):
 
 
 def attend(q: Array, k: Array, v: Array, *, queries: Tokens, keys: Tokens, out_sharding: PartitionSpec) -> Array:
-    """Softmax attention of q [B, T, K, G, H] over k and v [B, S, K, H]; returns [B, T, K, G, H].
+    """Softmax attention of q [B, T, K, G, H] over k and v [B, K, S, H]; returns [B, T, K, G, H].
 
     Every device attends with the queries and keys that it holds. Where the mesh splits S (a cache),
     it does not split T and G, and the partial softmaxes are merged by their maximum and sum.
     """
     q_split, kv_split = jax.typeof(q).sharding.spec, jax.typeof(k).sharding.spec
-    slots = kv_split[1]
+    slots = kv_split[2]
     merged_axes = () if slots is None else (slots,) if isinstance(slots, str) else tuple(slots)
     key_rows = None if keys.positions.shape[0] == 1 else kv_split[0]
     query_split, key_split = PartitionSpec(*q_split[:2]), PartitionSpec(key_rows, slots)
@@ -55,8 +55,8 @@ def _attend_here(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, *,
     """
     batch, length, num_kv_heads, num_groups, head_dim = q.shape
     q = q.transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, length * num_groups, head_dim)
-    scores = jnp.einsum("BKMH,BSKH->BKMS", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    scores = scores.reshape(batch, num_kv_heads, length, num_groups, k.shape[1])
+    scores = jnp.einsum("BKMH,BKSH->BKMS", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = scores.reshape(batch, num_kv_heads, length, num_groups, k.shape[2])
     visible = keys.positions[:, None, :] <= queries.positions[:, :, None]
     if queries.segment_ids is not None and keys.segment_ids is not None:
         visible &= keys.segment_ids[:, None, :] == queries.segment_ids[:, :, None]
@@ -68,7 +68,7 @@ def _attend_here(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, *,
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1)
     weights = weights.reshape(batch, num_kv_heads, length * num_groups, -1).astype(v.dtype)
-    out = jnp.einsum("BKMS,BSKH->BKMH", weights, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("BKMS,BKSH->BKMH", weights, v, preferred_element_type=jnp.float32)
     out = out.reshape(batch, num_kv_heads, length, num_groups, head_dim)
     if merged_axes:
         out, total = jax.lax.psum((out, total), merged_axes)
@@ -76,12 +76,14 @@ def _attend_here(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, *,
 
 
 def self_attend(q: Array, k: Array, v: Array, *, tokens: Tokens, out_sharding: PartitionSpec) -> Array:
-    """`attend` of a sequence over itself, in order: a block of queries skips the keys after it.
+    """`attend` of a sequence over itself, in order; here k and v are [B, S, K, H], whole in S.
 
-    Halves the work and bounds the memory to one block of scores, also in the backward pass. Where
-    the mesh splits the queries, each device scores its own in one piece. k and v are whole in S.
+    A block of queries skips the keys after it, which halves the work and the memory for scores
+    (XLA:CPU holds those of all blocks at once, whatever barriers say; elsewhere one block's). Where
+    the mesh splits the queries, each device scores its own in one piece.
     """
     length = q.shape[1]
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     block = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
     if length <= block or out_sharding[1] is not None:
         keys = jax.tree.map(lambda ids: reshard(ids, PartitionSpec(out_sharding[0], None)), tokens)
@@ -98,5 +100,5 @@ def self_attend(q: Array, k: Array, v: Array, *, tokens: Tokens, out_sharding: P
     for start in range(0, length, block):
         stop = min(start + block, length)
         queries, keys = part(tokens, start, stop), part(tokens, 0, stop)
-        blocks.append(attend_block(q[:, start:stop], k[:, :stop], v[:, :stop], queries, keys))
+        blocks.append(attend_block(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], queries, keys))
     return jnp.concatenate(blocks, axis=1)

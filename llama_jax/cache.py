@@ -36,14 +36,18 @@ class LayerCache(Protocol):
         ...
 
     def read(self) -> tuple[Array, Array, Tokens]:
-        """Keys and values [B, S, K, H] and where each stands; slots never written are ahead of every query."""
+        """Keys and values [B, K, S, H] and where each stands; slots never written are ahead of every query."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ContiguousCache:
-    """One array of keys and one of values [B, S, K, H], S split over `context` and the query-group axes."""
+    """One array of keys and one of values [B, K, S, H], S split over `context` and the query-group axes.
+
+    A head's slots lie together, as the products of attention read them; [B, S, K, H] is copied into
+    that order at every step on CPU.
+    """
 
     k: Array
     v: Array
@@ -56,23 +60,23 @@ class ContiguousCache:
 
     def read(self) -> tuple[Array, Array, Tokens]:
         """All slots; slot s is position s."""
-        slots = jnp.arange(self.k.shape[1], dtype=jnp.int32)[None]
+        slots = jnp.arange(self.k.shape[2], dtype=jnp.int32)[None]
         return self.k, self.v, Tokens(slots, None)
 
 
 def _write(cache: Array, values: Array, positions: Array, sharding: PartitionSpec) -> Array:
-    """Scatter values [B, T, K, H] into cache [B, S, K, H], on every device into the slots that it holds."""
-    batch, sequence, heads, _ = sharding
+    """Scatter values [B, T, K, H] into cache [B, K, S, H], on every device into the slots that it holds."""
+    batch, heads, sequence, _ = sharding
     sequence_axes = (sequence,) if isinstance(sequence, str) else tuple(sequence or ())
 
     def write_local(cache, values, positions):
-        num_slots = cache.shape[1]
+        num_slots = cache.shape[2]
         first = jax.lax.axis_index(sequence_axes) * num_slots if sequence_axes else 0
         slots = positions - first
         # Out of range on the left would wrap around; num_slots is out of range and so dropped.
         slots = jnp.where(slots < 0, num_slots, slots)
         rows = jnp.arange(cache.shape[0])[:, None]
-        return cache.at[rows, slots].set(values.astype(cache.dtype), mode="drop")
+        return cache.at[rows, :, slots].set(values.astype(cache.dtype), mode="drop")
 
     values = jax.sharding.reshard(values, PartitionSpec(batch, None, heads, None))
     positions = jax.sharding.reshard(positions, PartitionSpec(batch, None))
@@ -95,8 +99,8 @@ def init_cache(
             f"a cache of {batch_size} rows x {num_slots} tokens cannot be split: rows must be a multiple of "
             f"{rules.batch_multiple} and tokens of {rules.cache_multiple}"
         )
-    shape = (batch_size, num_slots, cfg.num_kv_heads, cfg.head_dim)
-    sharding = rules("batch", "cache_sequence", "kv_heads", None)
+    shape = (batch_size, cfg.num_kv_heads, num_slots, cfg.head_dim)
+    sharding = rules("batch", "kv_heads", "cache_sequence", None)
 
     def zeros() -> Array:
         return jnp.zeros(shape, dtype, out_sharding=sharding)
