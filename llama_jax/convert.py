@@ -5,20 +5,29 @@ are never touched, so HF -> any -> HF is equal to the bit unless --dtype asks fo
 """
 
 import argparse
-import math
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from llama_jax.checkpoint.formats import COMPANION_FILES, FORMATS, CastSource, open_checkpoint, write_checkpoint
+from llama_jax.checkpoint.formats import (
+    COMPANION_FILES,
+    FORMATS,
+    CanonicalSource,
+    Format,
+    open_checkpoint,
+    write_checkpoint,
+)
+from llama_jax.checkpoint.safetensors import num_bytes
 from llama_jax.checkpoint.source import Source
 from llama_jax.entry import parse_settings, run_entry
 from llama_jax.paths import staged_directory, vacant_directory
+from llama_jax.tokenizer import load_tokenizer
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -37,23 +46,34 @@ class _CountedSource:
         return values
 
 
-def convert(src: str, dst: str, *, to, dtype: str | None = None, num_shards: int = 1, **opening) -> None:
+def convert(src: str, dst: str, *, to: Format, dtype: str | None = None, num_shards: int = 1, **opening) -> None:
     """Write the checkpoint src as format `to` into the directory dst, with its tokenizer files.
 
     dst appears whole or not at all. opening: overrides and allow_unknown_config of open_checkpoint.
     Raises ValueError if src is not sound or the format cannot carry its config.
     """
+    if num_shards != 1 and to != "meta":
+        raise ValueError(f"--num-shards {num_shards} is for --to meta only; the others are cut by size")
     vacant_directory(dst)
     checkpoint = open_checkpoint(src, **opening)
-    source = CastSource(checkpoint.source, DTYPES[dtype]) if dtype else checkpoint.source
-    total = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in source.tensors.values())
+    source = CanonicalSource(checkpoint.source, checkpoint.cfg, DTYPES[dtype] if dtype else None)
+    token_ids = checkpoint.metadata or _token_ids(checkpoint.companions)
+    total = sum(map(num_bytes, source.tensors.values()))
     with (
         staged_directory(dst) as staged,
         tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not sys.stderr.isatty()) as bar,
     ):
         counted = _CountedSource(source, bar)
-        write_checkpoint(staged, checkpoint.cfg, counted, to=to, metadata=checkpoint.metadata, num_shards=num_shards)
+        write_checkpoint(staged, checkpoint.cfg, counted, to=to, metadata=token_ids, num_shards=num_shards)
         copy_companions(checkpoint.companions, staged)
+
+
+def _token_ids(directory: Path) -> dict[str, Any]:
+    """What the tokenizer, if there is one, says of token ids that the weights' format does not say."""
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return {}
+    tokenizer = load_tokenizer(directory)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
 
 
 def copy_companions(src: Path, dst: Path) -> None:

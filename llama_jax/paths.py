@@ -49,6 +49,10 @@ def staged_directory(dst: str | os.PathLike) -> Iterator[Path]:
             _fsync(entry)
         _fsync(staged)
         os.rename(staged, dst)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a full disk, which does not say where
+            error.filename = str(dst)
+        raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     _fsync(dst.parent)

@@ -184,6 +184,15 @@ def test_resume_gives_the_same_weights_to_the_bit(workdir):
     assert [(line["step"], line["loss"]) for line in whole] == [(line["step"], line["loss"]) for line in cut]
 
 
+def test_bfloat16_computes_over_float32_parameters(workdir):
+    run("1", "--run-dir", "float32")
+    run("1", "--run-dir", "bfloat16", "--set", "run.compute_dtype=bfloat16")
+    losses = [[line["loss"] for line in read_metrics(Path(name)) if "loss" in line] for name in ("float32", "bfloat16")]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert {values.dtype for values in weights("bfloat16", 8).values()} == {np.dtype("float32")}
+
+
 def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_weights(workdir):
     code = (
         "import jax; jax.config.update('jax_platforms', 'cpu')\n"

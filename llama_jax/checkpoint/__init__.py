@@ -1,10 +1,12 @@
 """Llama checkpoints in and out: load a model onto the mesh from any format, save it in any."""
 
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from llama_jax.checkpoint.formats import FORMATS, Checkpoint, Format, open_checkpoint, write_checkpoint
@@ -34,13 +36,22 @@ def load(
 
 def load_opened(checkpoint: Checkpoint, *, dtype: DTypeLike | None = None, layout: Layout = "stacked") -> Llama:
     """`load` of a checkpoint that is already open."""
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout={layout!r}; expected one of {', '.join(get_args(Layout))}")
     if jax.sharding.get_abstract_mesh().empty:
         jax.set_mesh(make_mesh(inference_mesh_spec(checkpoint.cfg, jax.device_count())))
     if dtype is None:
         stored = checkpoint.source.tensors["model.embed_tokens.weight"].dtype
         on_cpu = jax.sharding.get_mesh().devices.flat[0].platform == "cpu"
         dtype = jnp.float32 if on_cpu else stored
-    return read_model(checkpoint.cfg, checkpoint.source, dtype=jnp.dtype(dtype), layout=layout)
+    return read_model(checkpoint.cfg, checkpoint.source, dtype=_float_dtype(dtype), layout=layout)
+
+
+def _float_dtype(dtype: DTypeLike | None) -> np.dtype:
+    with contextlib.suppress(TypeError):  # numpy's for what is no dtype at all
+        if jnp.issubdtype(np.dtype(dtype), jnp.floating):
+            return np.dtype(dtype)
+    raise ValueError(f"dtype={dtype!r} is no type of floats; expected 'float32', 'bfloat16' or 'float16'")
 
 
 def save(model: Llama, path: str | Path, format: Format = "hf") -> None:

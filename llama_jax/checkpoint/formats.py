@@ -2,14 +2,14 @@
 
 The project's own form is a directory with model.json (the architecture) and params/, an Orbax
 checkpoint of canonical names and shapes. A run directory of train.pretrain holds one per saved
-step in checkpoints/.
+step in checkpoints/, and the tokenizer.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,29 +29,35 @@ FORMATS: tuple[Format, ...] = ("hf", "meta", "orbax")
 
 MODEL_FILE = "model.json"
 
-# Attributes of config.json that are not architecture but belong to the model.
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
 # Files of a checkpoint that are not weights, fetched and carried along.
 COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "generation_config.json",
     "chat_template.jinja",
     "LICENSE*",
     "USE_POLICY*",
 )
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_FILES = ("config.json", "model.safetensors.index.json", "*.safetensors", *COMPANION_FILES)
+
+_DESCRIPTIONS = (MODEL_FILE, "config.json", "params.json")
+
+_STEPS = "checkpoints"
+_STEP = re.compile(r"[0-9]+|average")
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: its architecture, its tensors (checked against it), and where it came from.
+    """An opened checkpoint: its architecture, exactly the tensors of it, and where it came from.
 
-    directory holds the weights, companions the tokenizer; metadata are token ids for config.json.
+    directory holds the weights, companions the tokenizer; metadata are token ids for config.json,
+    empty where the format does not say them.
     """
 
     directory: Path
@@ -59,7 +65,7 @@ class Checkpoint:
     format: Format
     cfg: LlamaConfig
     source: Source
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any]
 
 
 def open_checkpoint(
@@ -71,63 +77,72 @@ def open_checkpoint(
     that says what is wrong with what was found.
     """
     directory = find_checkpoint(str(path))
-    companions = directory.parents[1] if directory.parent.name == "checkpoints" else directory
-    metadata: dict[str, Any] = {}
+    metadata: Mapping[str, Any] = {}
     if (directory / MODEL_FILE).exists():
         form, (cfg, metadata) = "orbax", _read_model_file(directory / MODEL_FILE)
     elif (directory / "config.json").exists():
-        form, cfg = "hf", hf.read_config(directory, allow_unknown=allow_unknown_config)
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        metadata = {key: config[key] for key in _TOKEN_IDS if key in config}
+        form, (cfg, metadata) = "hf", hf.read_config(directory, allow_unknown=allow_unknown_config)
     elif (directory / "params.json").exists():
         form, cfg = "meta", meta.read_params(directory, allow_unknown=allow_unknown_config)
     else:
         raise ValueError(_nothing_here(directory))
     for key, value in (overrides or {}).items():
-        cfg = set_field(cfg, key, value)
-    source = _open_source(form, directory, cfg)
-    check_tensors(cfg, source, str(directory))
-    return Checkpoint(directory, companions, form, cfg, source, metadata)
+        cfg = _override(cfg, key, value)
+    source, file_of = _open_source(form, directory, cfg)
+    check_tensors(cfg, source, file_of)
+    in_run = form == "orbax" and directory.parent.name == _STEPS and _STEP.fullmatch(directory.name)
+    companions = directory.parents[1] if in_run else directory
+    return Checkpoint(directory, companions, form, cfg, CanonicalSource(source, cfg), metadata)
 
 
-def _open_source(form: Format, directory: Path, cfg: LlamaConfig) -> Source:
+def _override(cfg: LlamaConfig, key: str, value: Any) -> LlamaConfig:
+    """The config with a field replaced by a value of the same type."""
+    fields = dataclasses.asdict(cfg)
+    fields |= {f"rope.{name}": field for name, field in fields["rope"].items()}
+    current = fields.get(key, value)  # for a key that does not exist set_field names those that do
+    if isinstance(value, bool) != isinstance(current, bool) or not isinstance(value, (int, type(current))):
+        raise ValueError(f"{key}={value!r}: expected a value like {current!r}")
+    return set_field(cfg, key, value)
+
+
+def _open_source(form: Format, directory: Path, cfg: LlamaConfig) -> tuple[Source, Callable[[str], Path]]:
+    """The stored tensors, and what an error about one of them names."""
     if form == "orbax":
         from llama_jax.checkpoint import orbax  # half a second to import
 
-        return orbax.OrbaxSource(directory / "params")
+        return orbax.OrbaxSource(directory / "params"), lambda name: directory
     if form == "meta":
-        return meta.MetaSource(directory, cfg)
-    return SafetensorsDirectory(directory)
+        return meta.MetaSource(directory, cfg), lambda name: directory
+    _refuse_pickled(directory)
+    source = SafetensorsDirectory(directory)
+    return source, source.file_of
 
 
 def find_checkpoint(path: str) -> Path:
     """The local directory of weights that a checkpoint argument names; a hub id is downloaded."""
-    if local_path(path).is_dir():
-        return _newest_step(local_path(path))
-    base, _, step = path.rpartition("@")
-    if base and (local_path(base) / "checkpoints").is_dir():
-        directory = local_path(base) / "checkpoints" / step
-        if not step.isdigit() or not directory.is_dir():
-            raise FileNotFoundError(f"{base} has no checkpoint {step!r}; it has {', '.join(_steps(local_path(base)))}")
-        return directory
-    if local_path(path).exists():
+    directory = local_path(path)
+    if directory.is_dir():
+        described = any((directory / name).exists() for name in _DESCRIPTIONS)
+        return directory if described or not (directory / _STEPS).is_dir() else _find_step(directory)
+    if directory.exists():
         raise ValueError(f"{path} is a file; a checkpoint is given as its directory")
-    if _HUB_ID.fullmatch(path) and not path.startswith("."):
+    base, _, step = path.rpartition("@")
+    if base and local_path(base).is_dir():
+        return _find_step(local_path(base), step)
+    if _HUB_ID.fullmatch(path):
         return _download(path)
     raise FileNotFoundError(f"no checkpoint at {path}")
 
 
-def _steps(run: Path) -> list[str]:
-    return sorted((p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()), key=int)
-
-
-def _newest_step(directory: Path) -> Path:
-    if not (directory / "checkpoints").is_dir():
-        return directory
-    steps = _steps(directory)
-    if not steps:
-        raise FileNotFoundError(f"the run {directory} has not saved a checkpoint yet")
-    return directory / "checkpoints" / steps[-1]
+def _find_step(run: Path, step: str | None = None) -> Path:
+    """The directory of a saved step, by default of the newest."""
+    found = [p.name for p in run.glob(f"{_STEPS}/*") if _STEP.fullmatch(p.name)]
+    saved = sorted(found, key=lambda name: int(name) if name.isdecimal() else -1)
+    if not saved:
+        raise FileNotFoundError(f"{run} holds no saved checkpoints")
+    if step is not None and step not in saved:
+        raise FileNotFoundError(f"{run} has no checkpoint {step!r}; it has {', '.join(saved)}")
+    return run / _STEPS / (step or saved[-1])
 
 
 def _download(hub_id: str) -> Path:
@@ -135,13 +150,12 @@ def _download(hub_id: str) -> Path:
     import huggingface_hub
 
     name, _, revision = hub_id.partition("@")
-    patterns = ["*.safetensors", "config.json", "model.safetensors.index.json", *COMPANION_FILES]
     try:
         folder = huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*"
+            name, revision=revision or None, allow_patterns=list(_HUB_FILES), ignore_patterns="*/*"
         )
     except Exception as error:  # the hub's client raises its own, httpx's and OSError's kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(f"{hub_id} is neither a local directory nor could it be downloaded: {reason}") from None
     return Path(folder)
 
@@ -150,19 +164,24 @@ def _nothing_here(directory: Path) -> str:
     entries = sorted(p.name for p in directory.iterdir())
     if not entries:
         return f"{directory} is empty; expected a Hugging Face, Meta or Orbax checkpoint"
-    pickled = [name for name in entries if name.endswith(".bin")]
-    if pickled:
-        return f"{directory} holds pickled weights ({pickled[0]}); convert them to safetensors with transformers"
     shown = ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")
-    return f"{directory} is not a checkpoint: no config.json, params.json or {MODEL_FILE} (it has {shown})"
+    return f"{directory} is not a checkpoint: it has none of {', '.join(_DESCRIPTIONS)}, but {shown}"
 
 
-def _read_model_file(path: Path) -> tuple[LlamaConfig, dict[str, Any]]:
+def _refuse_pickled(directory: Path) -> None:
+    pickled = sorted(directory.glob("*.bin"))
+    if pickled and not any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"{pickled[0]} is a pickle, which is not opened; save the model as safetensors (transformers can)"
+        )
+
+
+def _read_model_file(path: Path) -> tuple[LlamaConfig, Mapping[str, Any]]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         config = stored["config"]
-        return LlamaConfig(**config | {"rope": RopeConfig(**config["rope"])}), stored["metadata"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        return LlamaConfig(**config | {"rope": RopeConfig(**config["rope"])}), dict(stored["metadata"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a model description: {error!r}") from None
 
 
@@ -181,40 +200,38 @@ def write_checkpoint(
     metadata: Mapping[str, Any] | None = None,
     num_shards: int = 1,
 ) -> None:
-    """Write canonical tensors as a checkpoint into an empty directory, a tensor at a time.
+    """Write the tensors of a config as a checkpoint into an empty directory, a tensor at a time.
 
-    num_shards is the number of consolidated.NN.pth files of the Meta form.
+    source holds exactly the canonical tensors. num_shards is the number of consolidated.NN.pth
+    files of the Meta form.
     """
-    metadata = metadata or {}
-    # By the config, not by the file: a tied head that a file stores all the same is left behind.
-    specs = {name: source.tensors[name] for name in canonical_shapes(cfg)}
     if to == "hf":
-        dtype = np.dtype(specs["model.embed_tokens.weight"].dtype).name
-        hf.write_config(directory, cfg, dtype, dict(metadata))
-        write_sharded(directory, specs, read_all(source, specs))
+        dtype = source.tensors["model.embed_tokens.weight"].dtype.name
+        hf.write_config(directory, cfg, dtype=dtype, token_ids=metadata or {})
+        write_sharded(directory, source.tensors, _read_all(source))
     elif to == "meta":
         meta.write_meta(directory, cfg, source, num_shards=num_shards)
     else:
         from llama_jax.checkpoint import orbax
 
-        write_model_file(directory, cfg, metadata)
-        orbax.write_orbax(directory / "params", specs, read_all(source, specs))
+        write_model_file(directory, cfg, metadata or {})
+        orbax.write_orbax(directory / "params", source.tensors, _read_all(source))
 
 
-def read_all(source: Source, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The named tensors, one after the other."""
-    for name in names:
+def _read_all(source: Source) -> Iterator[tuple[str, np.ndarray]]:
+    for name in source.tensors:
         yield name, source.read(name)
 
 
-class CastSource:
-    """A source whose tensors come in another dtype."""
+class CanonicalSource:
+    """Exactly the tensors of a config from a source that may hold more (a tied head, say), cast if asked."""
 
-    def __init__(self, source: Source, dtype: np.dtype):
+    def __init__(self, source: Source, cfg: LlamaConfig, dtype: np.dtype | None = None):
         """Nothing is read until a tensor is asked for."""
-        self._source, self._dtype = source, dtype
-        self.tensors = {name: TensorSpec(spec.shape, dtype) for name, spec in source.tensors.items()}
+        self._source = source
+        specs = {name: source.tensors[name] for name in canonical_shapes(cfg)}
+        self.tensors = {name: TensorSpec(spec.shape, dtype or spec.dtype) for name, spec in specs.items()}
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor or its slice, cast."""
-        return self._source.read(name, index).astype(self._dtype, copy=False)
+        """The tensor or its slice."""
+        return self._source.read(name, index).astype(self.tensors[name].dtype, copy=False)

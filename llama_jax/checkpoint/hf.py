@@ -1,19 +1,30 @@
 """Hugging Face's config.json, read and written without surprises.
 
 Every attribute is either understood, known to be metadata, or refused by name: a setting that
-could change the numbers is never dropped. Missing attributes take transformers' LlamaConfig
-defaults, which are Llama 1's (rope_theta 10,000, norm epsilon 1e-6).
+could change the numbers is never dropped. Missing attributes take the defaults of transformers'
+LlamaConfig, which are Llama 1's (rope_theta 10,000, norm epsilon 1e-6).
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeConfig
 
+_SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# JSON types of the attributes that are read. An integer is a number, true is neither.
+_TYPES: dict[str, type] = {
+    **dict.fromkeys((*_SHAPE_KEYS, "num_key_value_heads", "head_dim", "max_position_embeddings", _ROPE_KEYS[3]), int),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", *_ROPE_KEYS[:3]), float),
+    "tie_word_embeddings": bool,
+}
+
 # Attributes that must have this value where they occur; any other changes the numbers.
 _REQUIRED = {
-    "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -29,109 +40,122 @@ _REQUIRED = {
     "quantization_config": None,
 }
 
+# What belongs to a model beside its architecture; the defaults are transformers'.
+_TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+
 _METADATA = frozenset(
-    """_name_or_path architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    """_name_or_path architectures auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
-    initializer_range label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
+    initializer_range label2id length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences output_attentions output_hidden_states output_scores prefix problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
-    torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache _commit_hash
-    _attn_implementation_autoset""".split()
+    torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
+    use_cache _attn_implementation_autoset _commit_hash""".split()
 )
 
-_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False}
-
-_SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_KNOWN = {*_TYPES, *_REQUIRED, *_TOKEN_IDS, *_METADATA, "rope_scaling", "rope_parameters"} - {*_ROPE_KEYS}
 
 
-def read_config(directory: Path, *, allow_unknown: bool = False) -> LlamaConfig:
-    """The architecture in directory/config.json.
+def read_config(directory: Path, *, allow_unknown: bool = False) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The architecture in directory/config.json, and the token ids beside it.
 
-    Raises ValueError for another architecture, a value that is not supported, a missing attribute,
-    and, unless allow_unknown, an attribute that is not known.
+    Raises ValueError for another architecture, a value that is not supported or of the wrong type,
+    a missing attribute, and, unless allow_unknown, an attribute that is not known.
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(config).__name__}")
-    _check_attributes(config, path, allow_unknown)
-    config = _DEFAULTS | config
-    try:
-        return LlamaConfig(
-            vocab_size=config["vocab_size"],
-            num_layers=config["num_hidden_layers"],
-            embed_dim=config["hidden_size"],
-            mlp_dim=config["intermediate_size"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-            rope=_read_rope(config, path, allow_unknown),
-            norm_eps=config["rms_norm_eps"],
-            tie_embeddings=config["tie_word_embeddings"],
-            max_seq_len=config["max_position_embeddings"],
-        )
-    except (TypeError, ValueError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError(f"a JSON object was expected, not {type(stored).__name__}")
+        cfg = _parse_config({key: value for key, value in stored.items() if value is not None}, allow_unknown)
+    except ValueError as error:  # also what is not UTF-8 or not JSON
         raise ValueError(f"{path}: {error}") from None
+    return cfg, {key: stored.get(key, default) for key, default in _TOKEN_IDS.items()}
 
 
-def _check_attributes(config: dict[str, Any], path: Path, allow_unknown: bool) -> None:
-    architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    if config.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
+def _parse_config(config: dict[str, Any], allow_unknown: bool) -> LlamaConfig:
+    """The architecture that attributes describe, without those that are null."""
+    model_type, architectures = config.get("model_type"), config.get("architectures", ["LlamaForCausalLM"])
+    if model_type != "llama" or architectures != ["LlamaForCausalLM"]:
         raise ValueError(
-            f"{path} describes {', '.join(architectures)} (model_type {config.get('model_type')!r}); "
-            "only LlamaForCausalLM of model_type 'llama' is supported"
+            f"only a LlamaForCausalLM of model_type 'llama' is supported, this is {architectures} of {model_type!r}"
         )
-    missing = [key for key in _SHAPE_KEYS if key not in config]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    for key, value in _REQUIRED.items():
-        if key in config and config[key] != value:
-            raise ValueError(f"{path}: {key}={config[key]!r} is not supported, only {value!r}")
-    known = _METADATA | _REQUIRED.keys() | _DEFAULTS.keys() | set(_SHAPE_KEYS)
-    known |= {"num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters"}
-    unknown = sorted(config.keys() - known)
-    if unknown and not allow_unknown:
-        raise ValueError(
-            f"{path}: unknown attribute{'s' * (len(unknown) > 1)} {', '.join(unknown)}; "
-            "if they cannot change the numbers, pass --allow-unknown-config"
-        )
-
-
-def _read_rope(config: dict[str, Any], path: Path, allow_unknown: bool) -> RopeConfig:
-    """RoPE from rope_parameters (transformers 5) or rope_theta and rope_scaling (4)."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10_000.0))
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if kind == "default":
-        scaling = {}
-    elif kind == "llama3":
-        missing = [key for key in _ROPE_KEYS if key not in rope]
-        if missing:
-            raise ValueError(f"RoPE scaling lacks {', '.join(missing)}")
-        scaling = {key: rope.pop(key) for key in _ROPE_KEYS}
-    else:
-        raise ValueError(f"RoPE scaling of type {kind!r} is not supported, only 'llama3' and 'default'")
-    if rope and not allow_unknown:
-        raise ValueError(f"unknown RoPE attribute {', '.join(sorted(rope))}; pass --allow-unknown-config to ignore it")
-    if not scaling:
-        return RopeConfig(theta=theta, factor=1.0)
-    return RopeConfig(
-        theta, scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"], scaling[_ROPE_KEYS[3]]
+    _check_attributes(config, _KNOWN, allow_unknown)
+    if missing := [key for key in _SHAPE_KEYS if key not in config]:
+        raise ValueError(f"{', '.join(missing)} must be given")
+    return LlamaConfig(
+        vocab_size=config["vocab_size"],
+        num_layers=config["num_hidden_layers"],
+        embed_dim=config["hidden_size"],
+        mlp_dim=config["intermediate_size"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
+        head_dim=config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]),
+        rope=_read_rope(config, allow_unknown),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        max_seq_len=config.get("max_position_embeddings", 2048),
     )
 
 
-def write_config(directory: Path, cfg: LlamaConfig, dtype: str, metadata: dict[str, Any] | None = None) -> None:
+def _check_attributes(attributes: Mapping[str, Any], known: set[str], allow_unknown: bool) -> None:
+    """Raise ValueError for a value of the wrong type or not supported, and for what is not known."""
+    for key, value in attributes.items():
+        if key not in known:
+            if not allow_unknown:
+                raise ValueError(
+                    f"unknown attribute {key}={value!r:.80}; if it cannot change the numbers, allow unknown config"
+                )
+        elif key in _REQUIRED and value != _REQUIRED[key]:
+            raise ValueError(f"{key}={value!r:.80} is not supported, only {_REQUIRED[key]!r}")
+        elif key in _TYPES:
+            _check_type(key, value)
+
+
+def _check_type(key: str, value: Any) -> None:
+    kind = _TYPES[key]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}={value!r:.80}, expected true or false")
+    elif isinstance(value, bool) or not isinstance(value, (int, kind)) or not value > 0:
+        raise ValueError(f"{key}={value!r:.80}, expected a positive {'integer' if kind is int else 'number'}")
+
+
+def _read_rope(config: Mapping[str, Any], allow_unknown: bool) -> RopeConfig:
+    """RoPE from rope_scaling (transformers 4) or rope_parameters (5)."""
+    described = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
+    ropes = [_parse_rope(rope, config.get("rope_theta", 10_000.0), allow_unknown) for rope in described or [{}]]
+    if ropes[0] != ropes[-1]:
+        raise ValueError("rope_scaling and rope_parameters do not say the same; remove one of them")
+    return ropes[0]
+
+
+def _parse_rope(rope: Any, theta: float, allow_unknown: bool) -> RopeConfig:
+    """One description of RoPE; theta is for those that have none of their own."""
+    if not isinstance(rope, dict):
+        raise ValueError(f"RoPE must be described by a JSON object, not {rope!r:.80}")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"RoPE scaling of type {kind!r} is not supported, only 'llama3' and 'default'")
+    scaling = _ROPE_KEYS if kind == "llama3" else ()
+    rope = {key: value for key, value in rope.items() if value is not None}
+    _check_attributes(rope, {"rope_type", "type", "rope_theta", "partial_rotary_factor", *scaling}, allow_unknown)
+    if missing := [key for key in scaling if key not in rope]:
+        raise ValueError(f"RoPE scaling lacks {', '.join(missing)}")
+    theta = float(rope.get("rope_theta", theta))
+    if not scaling:
+        return RopeConfig(theta, factor=1.0)
+    factor, low_freq, high_freq = (float(rope[key]) for key in _ROPE_KEYS[:3])
+    return RopeConfig(theta, factor, low_freq, high_freq, rope[_ROPE_KEYS[3]])
+
+
+def write_config(directory: Path, cfg: LlamaConfig, *, dtype: str, token_ids: Mapping[str, Any]) -> None:
     """Write config.json in the form that transformers 4 and 5 and other readers of Llama take.
 
-    dtype is the weights' ("bfloat16"); metadata adds token ids and the like.
+    dtype is the weights' ("bfloat16"). A token id that is not given is written as null, because
+    transformers takes Llama 1's for one that is absent.
     """
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -162,5 +186,5 @@ def write_config(directory: Path, cfg: LlamaConfig, dtype: str, metadata: dict[s
             "original_max_position_embeddings": cfg.rope.original_max_seq_len,
             "rope_type": "llama3",
         }
-    text = json.dumps(config | (metadata or {}), indent=2, sort_keys=True)
+    text = json.dumps(config | dict.fromkeys(_TOKEN_IDS) | dict(token_ids), indent=2, sort_keys=True)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -93,7 +93,7 @@ class SafetensorsDirectory:
     """
 
     def __init__(self, directory: str | os.PathLike):
-        directory = local_path(directory)
+        self.directory = directory = local_path(directory)
         weight_map = _read_index(directory)
         self.tensors: dict[str, TensorSpec] = {}
         self._files: dict[str, SafetensorsFile] = {}
@@ -111,6 +111,10 @@ class SafetensorsDirectory:
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The tensor, or its slice, as a read-only view of its shard."""
         return self._files[name].read(name, index)
+
+    def file_of(self, name: str) -> Path:
+        """The shard that holds a tensor, the directory if none does."""
+        return self._files[name].path if name in self._files else self.directory
 
 
 def write_safetensors(
