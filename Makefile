@@ -1,4 +1,4 @@
-# make demo     a small Llama that ships with the project tells a story
+# make demo     the small Llama that ships with the project writes a Python function
 # make test     lint, types and tests, on CPU
 # make lint     lint and types alone
 # make clean    remove all that make made

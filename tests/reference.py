@@ -7,7 +7,6 @@ import torch
 import transformers
 
 from llama_jax.config import LlamaConfig
-from tests.tiny import TINY, VARIANTS  # noqa: F401
 
 
 def hf_model(cfg: LlamaConfig, seed: int = 0) -> transformers.LlamaForCausalLM:
