@@ -172,8 +172,9 @@ def test_the_tokenizer_does_not_see_held_out_text(sources, prepared):
 
 def test_prepared_data_makes_rows(prepared):
     dataset = TokenDataset(prepared, "train", vocab_size=520)
-    row = PackedRows(dataset, 32, 0).row(0)
-    assert row.tokens[0] == 264 and row.tokens.shape == (32,)
+    rows = PackedRows(dataset, 32, 0)
+    opening = [row for i in range(len(rows)) if (row := rows.row(i)).tokens[0] == 264]
+    assert opening and all(row.tokens.shape == (32,) and row.positions[0] == 0 for row in opening)
 
 
 # Tokenizer
