@@ -26,6 +26,7 @@ def einsum(
     default the dtype of x; sums are float32 inside the product.
     """
     out_dtype = out_dtype or x.dtype
+    subscripts = _contract_in_weight_order(subscripts)
     batch, sequence, *inputs = jax.typeof(x).sharding.spec
     if sequence is not None:
         return jnp.einsum(
@@ -43,3 +44,14 @@ def einsum(
         preferred_element_type=out_dtype,
     )
     return jnp.reshape(out, (*rows, *out.shape[1:]), out_sharding=out_sharding)
+
+
+def _contract_in_weight_order(subscripts: str) -> str:
+    """The same product with contracted letters renamed to rise in the order of the weight's dimensions.
+
+    jnp.einsum contracts letters in alphabetical order; where that is not the weight's own
+    ("BTKGH,KGHD->BTD"), XLA:CPU transposes the whole weight at every decode step.
+    """
+    operands, result = subscripts.split("->")
+    contracted = "".join(letter for letter in operands.split(",")[1] if letter not in result)
+    return subscripts.translate(str.maketrans(contracted, "abcd"[: len(contracted)]))
