@@ -102,7 +102,7 @@ def main() -> None:
     @functools.cache
     def training(rows: int, length: int) -> Training:
         params = llama_jax.load(args.checkpoint, dtype="float32")
-        return Training(params, rows, length, compute_dtype=jnp.dtype(args.dtype), remat="none", num_chunks=1)
+        return Training(params, rows, length, compute_dtype=jnp.dtype(args.dtype), remat="dots", num_chunks=1)
 
     answer_requests(
         {

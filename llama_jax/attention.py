@@ -1,9 +1,9 @@
 """Attention of grouped queries over keys and values that are never repeated.
 
-The one place that will pick a kernel by platform; today there is the reference alone, which XLA
-compiles everywhere. The invariant: a query sees a key if the key's position is not after its own
-and both belong to the same document. Positions and documents are data, so packed rows, right
-padding and any order of the sequence over the mesh need no other mask.
+The one place that picks a kernel by platform: tiles on CPUs (kernels/tiled.py), elsewhere still the
+reference, which XLA compiles everywhere. The invariant: a query sees a key if the key's position is
+not after its own and both belong to the same document. Positions and documents are data, so packed
+rows, right padding and any order of the sequence over the mesh need no other mask.
 
 Letters: B batch, T queries, S keys, K KV heads, G query heads per KV head, H head dimension, M = T * G.
 """
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec, reshard
+
+from llama_jax.kernels.tiled import tiled_attention
 
 _MAX_BLOCKS = 8
 _MIN_BLOCK = 128
@@ -78,16 +80,36 @@ def _attend_here(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, *,
 def self_attend(q: Array, k: Array, v: Array, *, tokens: Tokens, out_sharding: PartitionSpec) -> Array:
     """`attend` of a sequence over itself, in order; here k and v are [B, S, K, H], whole in S.
 
-    A block of queries skips the keys after it, which halves the work and the memory for scores
-    (XLA:CPU holds those of all blocks at once, whatever barriers say; elsewhere one block's). Where
-    the mesh splits the queries, each device scores its own in one piece.
+    The kernel is that of the mesh's platform. Where the mesh splits the queries, each device scores
+    its own in one piece.
     """
-    length = q.shape[1]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    whole = out_sharding[1] is None
+    if whole and jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu":
+        return _tiled_self_attend(q, k, v, tokens)
+    if whole:
+        return _blocked_self_attend(q, k, v, tokens, out_sharding)
+    keys = jax.tree.map(lambda ids: reshard(ids, PartitionSpec(out_sharding[0], None)), tokens)
+    return attend(q, k, v, queries=tokens, keys=keys, out_sharding=out_sharding)
+
+
+def _tiled_self_attend(q: Array, k: Array, v: Array, tokens: Tokens) -> Array:
+    """`self_attend` on CPUs, on every device with what it holds."""
+    q_split, kv_split = jax.typeof(q).sharding.spec, jax.typeof(k).sharding.spec
+    # Without check_vma, or every loop in the kernel would have to say what its first values vary over.
+    run = jax.shard_map(
+        lambda q, k, v, tokens: tiled_attention(q, k, v, *tokens),
+        in_specs=(q_split, kv_split, kv_split, PartitionSpec(q_split[0], None)),
+        out_specs=q_split,
+        check_vma=False,
+    )
+    return run(q, k, v, tokens)
+
+
+def _blocked_self_attend(q: Array, k: Array, v: Array, tokens: Tokens, out_sharding: PartitionSpec) -> Array:
+    """`self_attend` by XLA alone: a block of queries skips the keys after it, which halves work and memory."""
+    length = q.shape[1]
     block = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
-    if length <= block or out_sharding[1] is not None:
-        keys = jax.tree.map(lambda ids: reshard(ids, PartitionSpec(out_sharding[0], None)), tokens)
-        return attend(q, k, v, queries=tokens, keys=keys, out_sharding=out_sharding)
 
     @jax.checkpoint
     def attend_block(q, k, v, queries, keys):

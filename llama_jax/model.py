@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec, reshard
 from llama_jax.attention import Tokens, attend, self_attend
 from llama_jax.cache import LayerCache
 from llama_jax.config import LlamaConfig
+from llama_jax.kernels.tiled import SAVED_NAME
 from llama_jax.mesh import ShardingRules, sharding_rules
 from llama_jax.quantize import einsum
 from llama_jax.rope import rope_angles, rotate
@@ -30,10 +31,13 @@ Layout = Literal["stacked", "layers"]
 
 INIT_STDDEV = 0.02
 
-# What the backward pass finds saved of a layer: nothing, the weight products, or everything.
+# What the backward pass finds saved of a layer: nothing, the weight products and attention's result, or everything.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
+    ),
     "none": jax.checkpoint_policies.everything_saveable,
 }
 
