@@ -122,8 +122,8 @@ class TrainConfig:
 
 
 def find_config(name: str) -> Path:
-    """The file of a config given by path or by the name of a shipped one. Raises FileNotFoundError."""
-    for path in (Path(name), CONFIGS / f"{name}.toml"):
+    """The file of a config given by path, or by the name of a shipped one from anywhere. Raises FileNotFoundError."""
+    for path in (Path(name), CONFIGS / f"{name.removesuffix('.toml')}.toml"):
         if path.is_file():
             return path
     shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.toml")))
@@ -143,7 +143,7 @@ def read_config(name: str, settings: Mapping[str, Any] | None = None) -> TrainCo
     for key, value in (settings or {}).items():
         _replace(values, key, value)
     try:
-        return _build(TrainConfig, {"name": path.stem} | _with_preset(values), "")
+        return _build(TrainConfig, {"name": path.name.removesuffix(".toml")} | _with_preset(values), "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
