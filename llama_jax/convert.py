@@ -9,25 +9,19 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from llama_jax.checkpoint.formats import (
-    COMPANION_FILES,
-    FORMATS,
-    CanonicalSource,
-    Format,
-    open_checkpoint,
-    write_checkpoint,
-)
-from llama_jax.checkpoint.safetensors import num_bytes
-from llama_jax.checkpoint.source import Source
 from llama_jax.entry import parse_settings, run_entry
 from llama_jax.paths import staged_directory, vacant_directory
 from llama_jax.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from llama_jax.checkpoint.formats import Format
+    from llama_jax.checkpoint.source import Source
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -35,7 +29,7 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfl
 class _CountedSource:
     """A source that moves a progress bar by the bytes that are read."""
 
-    def __init__(self, source: Source, bar: tqdm):
+    def __init__(self, source: "Source", bar: tqdm):
         self._source, self._bar = source, bar
         self.tensors = source.tensors
 
@@ -46,12 +40,17 @@ class _CountedSource:
         return values
 
 
-def convert(src: str, dst: str, *, to: Format, dtype: str | None = None, num_shards: int = 1, **opening) -> None:
-    """Write the checkpoint src as format `to` into the directory dst, with its tokenizer files.
+def convert(src: str, dst: str, *, to: "Format", dtype: str | None = None, num_shards: int = 1, **opening) -> None:
+    """Write the checkpoint src as format `to` into the directory dst, with what lies beside the weights.
 
     dst appears whole or not at all. opening: overrides and allow_unknown_config of open_checkpoint.
     Raises ValueError if src is not sound or the format cannot carry its config.
     """
+    # These import jax, which --help need not wait for.
+    from llama_jax.checkpoint.companions import complete_hf_directory, write_notice
+    from llama_jax.checkpoint.formats import CanonicalSource, open_checkpoint, write_checkpoint
+    from llama_jax.checkpoint.safetensors import num_bytes
+
     if num_shards != 1 and to != "meta":
         raise ValueError(f"--num-shards {num_shards} is for --to meta only; the others are cut by size")
     vacant_directory(dst)
@@ -66,6 +65,10 @@ def convert(src: str, dst: str, *, to: Format, dtype: str | None = None, num_sha
         counted = _CountedSource(source, bar)
         write_checkpoint(staged, checkpoint.cfg, counted, to=to, metadata=token_ids, num_shards=num_shards)
         copy_companions(checkpoint.companions, staged)
+        if checkpoint.format == "meta":
+            write_notice(staged, checkpoint.cfg)
+        if to == "hf":
+            complete_hf_directory(staged, checkpoint.cfg, {} if checkpoint.format == "hf" else token_ids)
 
 
 def _token_ids(directory: Path) -> dict[str, Any]:
@@ -78,6 +81,8 @@ def _token_ids(directory: Path) -> dict[str, Any]:
 
 def copy_companions(src: Path, dst: Path) -> None:
     """Copy tokenizer, chat template and licence files where they exist."""
+    from llama_jax.checkpoint.companions import COMPANION_FILES
+
     for pattern in COMPANION_FILES:
         for file in src.glob(pattern):
             shutil.copyfile(file, dst / file.name)
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m llama_jax.convert", description="Convert a checkpoint.")
     parser.add_argument("src", metavar="SRC", help="directory, run directory or hub id")
     parser.add_argument("dst", metavar="DST", help="directory to write; must not exist or be empty")
-    parser.add_argument("--to", required=True, choices=FORMATS)
+    parser.add_argument("--to", required=True, choices=("hf", "meta", "orbax"))
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the weights; default: keep them to the bit")
     parser.add_argument("--num-shards", type=int, default=1, metavar="N", help="consolidated.NN.pth files of --to meta")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. rope.factor=32")

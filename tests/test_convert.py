@@ -55,6 +55,13 @@ def hf(tmp_path_factory):
     return directory
 
 
+def companions(directory: Path) -> dict[str, str]:
+    """What came along; Hugging Face's form keeps Meta's tokenizer.model in original/."""
+    moved = directory / "original" / "tokenizer.model"
+    files = [moved if moved.exists() and name == moved.name else directory / name for name in COMPANIONS]
+    return {path.name: path.read_text() for path in files}
+
+
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
@@ -109,7 +116,7 @@ def test_hugging_face_by_any_route_and_back_is_bit_equal(hf, tmp_path, route):
         at, before = tmp_path / str(i), at
         convert(str(before), str(at), to=to, num_shards=num_shards)
         assert open_checkpoint(at).format == to
-        assert {name: (at / name).read_text() for name in COMPANIONS} == COMPANIONS
+        assert companions(at) == COMPANIONS
         assert not (at / "README.md").exists()
     assert bits(at) == bits(hf)
 
@@ -156,7 +163,9 @@ def test_a_run_is_converted_with_its_tokenizer(hf, tmp_path):
         (tmp_path / "run" / "checkpoints" / "7" / name).rename(tmp_path / "run" / name)
     convert(f"{tmp_path / 'run'}@7", str(tmp_path / "out"), to="hf")
     assert bits(tmp_path / "out") == bits(hf)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*COMPANIONS, "config.json", "model.safetensors"}
+    made = {"config.json", "model.safetensors", "original", "tokenizer.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*COMPANIONS} - {"tokenizer.model"} | made
+    assert companions(tmp_path / "out") == COMPANIONS
 
 
 def test_set_changes_the_config_that_is_written(hf, tmp_path):
@@ -299,7 +308,7 @@ def test_the_progress_bar_shows_on_a_terminal_and_reaches_the_end(hf, tmp_path):
 def test_a_hub_id_without_network_is_one_clear_line(tmp_path):
     done = run_convert("org/name", tmp_path / "out", "--to", "hf", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.startswith(b"error: org/name is neither a local directory nor could it be downloaded: ")
+    assert done.stderr.startswith(b"error: org/name is no local directory and not whole in ")
     assert done.stderr.count(b"\n") == 1 and not (tmp_path / "out").exists()
 
 

@@ -1,14 +1,12 @@
-"""Hugging Face: config.json is understood or refused, and a hub id fetches what a checkpoint is made of."""
+"""Hugging Face's config.json is understood or refused."""
 
 import copy
 import dataclasses
 import json
 
-import huggingface_hub
 import pytest
 import transformers
 
-from llama_jax.checkpoint.formats import find_checkpoint
 from llama_jax.checkpoint.hf import read_config, write_config
 from llama_jax.config import PRESETS, RopeConfig
 
@@ -263,45 +261,3 @@ def test_unscaled_rope_is_written_as_null_and_token_ids_that_are_not_known_too(t
     assert read_config(tmp_path)[0] == cfg
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (None, None)  # not Llama 1's 1 and 2
-
-
-# Hub ids
-
-REPOSITORY = """.gitattributes LICENSE README.md USE_POLICY.md config.json generation_config.json
-    model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json
-    original/consolidated.00.pth original/params.json original/tokenizer.model original/x.safetensors
-    pytorch_model.bin special_tokens_map.json tokenizer.json tokenizer_config.json""".split()
-
-
-@pytest.mark.parametrize(
-    ("given", "name", "revision"),
-    [
-        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B", None),
-        ("org/name@main", "org/name", "main"),
-        ("org/name@refs/pr/1", "org/name", "refs/pr/1"),
-    ],
-)
-def test_a_hub_id_fetches_weights_and_tokenizer_without_original_and_pickles(
-    tmp_path, monkeypatch, given, name, revision
-):
-    calls = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (calls.append((a, k)), tmp_path)[1])
-    assert find_checkpoint(given) == tmp_path
-    [((repository,), options)] = calls
-    assert (repository, options.pop("revision")) == (name, revision)
-    fetched = list(huggingface_hub.utils.filter_repo_objects(REPOSITORY, **options))
-    assert fetched == [
-        *("LICENSE", "USE_POLICY.md", "config.json", "generation_config.json"),
-        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
-        *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
-    ]
-
-
-def test_a_failed_download_is_one_line_with_the_reason(monkeypatch):
-    def fail(*args, **options):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\n\n  please check")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    message = "^org/name is neither a local directory nor could it be downloaded: no connection please check$"
-    with pytest.raises(FileNotFoundError, match=message):
-        find_checkpoint("org/name")

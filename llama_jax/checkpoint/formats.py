@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llama_jax.checkpoint import hf, meta
+from llama_jax.checkpoint.hub import download
 from llama_jax.checkpoint.layout import check_tensors
 from llama_jax.checkpoint.names import canonical_shapes
 from llama_jax.checkpoint.safetensors import SafetensorsDirectory, write_sharded
@@ -28,21 +29,6 @@ Format = Literal["hf", "meta", "orbax"]
 FORMATS: tuple[Format, ...] = ("hf", "meta", "orbax")
 
 MODEL_FILE = "model.json"
-
-# Files of a checkpoint that are not weights, fetched and carried along.
-COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "LICENSE*",
-    "USE_POLICY*",
-)
-
-_HUB_FILES = ("config.json", "model.safetensors.index.json", "*.safetensors", *COMPANION_FILES)
 
 _DESCRIPTIONS = (MODEL_FILE, "config.json", "params.json")
 
@@ -130,7 +116,7 @@ def find_checkpoint(path: str) -> Path:
     if base and local_path(base).is_dir():
         return _find_step(local_path(base), step)
     if _HUB_ID.fullmatch(path):
-        return _download(path)
+        return download(path)
     raise FileNotFoundError(f"no checkpoint at {path}")
 
 
@@ -143,21 +129,6 @@ def _find_step(run: Path, step: str | None = None) -> Path:
     if step is not None and step not in saved:
         raise FileNotFoundError(f"{run} has no checkpoint {step!r}; it has {', '.join(saved)}")
     return run / _STEPS / (step or saved[-1])
-
-
-def _download(hub_id: str) -> Path:
-    """The local snapshot of a hub repository: weights, configs and tokenizer, not Meta's original/."""
-    import huggingface_hub
-
-    name, _, revision = hub_id.partition("@")
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=list(_HUB_FILES), ignore_patterns="*/*"
-        )
-    except Exception as error:  # the hub's client raises its own, httpx's and OSError's kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FileNotFoundError(f"{hub_id} is neither a local directory nor could it be downloaded: {reason}") from None
-    return Path(folder)
 
 
 def _nothing_here(directory: Path) -> str:

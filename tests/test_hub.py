@@ -1,0 +1,323 @@
+"""Hub ids against a hub in this process: what is fetched, what is said, and what is refused before it is fetched."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from llama_jax.checkpoint.formats import find_checkpoint
+from llama_jax.checkpoint.hf import write_config
+from llama_jax.checkpoint.hub import download
+from tests.tiny import TINY
+
+ROOT = Path(__file__).parents[1]
+INDEX = "model.safetensors.index.json"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+USUAL = ["LICENSE", "USE_POLICY.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def repository(tmp_path: Path) -> dict[str, bytes]:
+    """The files of a repository as Meta's are, a megabyte a shard, with everything that is not wanted."""
+    write_config(tmp_path, TINY, dtype="bfloat16", token_ids={})
+    files = {name: name.encode() for name in [*USUAL, ".gitattributes", "README.md", "pytorch_model.bin"]}
+    files |= {f"original/{name}": b"x" for name in ("params.json", "tokenizer.model", "model.safetensors")}
+    files |= {name: os.urandom(1_000_000) for name in [*SHARDS, "model.safetensors", "model.fp16.safetensors"]}
+    files["config.json"] = (tmp_path / "config.json").read_bytes()
+    files[INDEX] = json.dumps({"weight_map": dict(enumerate(SHARDS))}).encode()
+    return files
+
+
+class FakeHub(http.server.ThreadingHTTPServer):
+    """What huggingface_hub asks of the hub, for one repository, with its failures."""
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files, self.name, self.sha, self.revisions = files, "org/name", "1" * 40, {"main", "v1"}
+        self.refuse: dict[str, tuple[int, str]] = {}  # beginning of a path: status and error code
+        self.cut: set[str] = set()  # files whose first answer breaks off in the middle
+        self.fetched: list[tuple[str, str | None]] = []  # files and ranges
+        self.token = None
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def served(self) -> list[str]:
+        return sorted(name for name, _ in self.fetched)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeHub
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        hub, path = self.server, unquote(urlsplit(self.path).path)
+        hub.token = self.headers.get("authorization")
+        for start, (status, code) in hub.refuse.items():
+            if path.startswith(start):
+                return self.answer(status, {"X-Error-Code": code})
+        if match := re.fullmatch(f"/api/models/{hub.name}(?:/(?:revision|tree)/(?P<revision>.*))?", path):
+            if (match["revision"] or "main") not in {*hub.revisions, hub.sha}:
+                return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+            return self.answer(200, {}, json.dumps(self.tree() if "/tree/" in path else self.info()).encode())
+        name = path.removeprefix(f"/{hub.name}/resolve/{hub.sha}/")
+        if name not in hub.files:
+            return self.answer(404, {"X-Error-Code": "RepoNotFound"})
+        data = hub.files[name]
+        self.answer(200, {"X-Repo-Commit": hub.sha, "ETag": f'"{etag(name, data)}"', "Accept-Ranges": "bytes"}, data)
+
+    do_GET = do_HEAD
+
+    def info(self) -> dict:
+        files = [{"rfilename": f["path"], "size": f["size"], "blobId": f["oid"], "lfs": f["lfs"]} for f in self.tree()]
+        return {"id": self.server.name, "sha": self.server.sha, "siblings": files}
+
+    def tree(self) -> list[dict]:
+        files = []
+        for name, data in self.server.files.items():
+            lfs = {"oid": etag(name, data), "sha256": etag(name, data), "size": len(data), "pointerSize": 134}
+            entry = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            files.append(entry | {"lfs": lfs if name.endswith(".safetensors") else None})
+        return files
+
+    def answer(self, status: int, headers: dict[str, str], data: bytes = b""):
+        name, sent = self.path.rpartition("/")[2], data
+        if self.command == "GET" and "/resolve/" in self.path:
+            asked = self.headers.get("range")
+            self.server.fetched.append((name, asked))
+            if asked:
+                start = int(asked.removeprefix("bytes=").rstrip("-"))
+                status, sent = 206, data[start:]
+                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(sent))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            if name in self.server.cut:
+                self.server.cut.remove(name)
+                sent, self.close_connection = sent[: len(sent) // 2], True
+            self.wfile.write(sent)
+
+
+def etag(name: str, data: bytes) -> str:
+    """The hash of git's large files, and of its others."""
+    return (hashlib.sha256 if name.endswith(".safetensors") else hashlib.sha1)(data).hexdigest()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The fake hub, and a cache of one's own."""
+    server = FakeHub(repository(tmp_path))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "cache" / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    huggingface_hub.close_session()
+    server.shutdown()
+    server.server_close()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+# What is fetched
+
+
+@pytest.mark.parametrize("weights", [SHARDS, ["model.safetensors"]], ids=["sharded", "single"])
+def test_the_weights_that_the_index_names_and_what_lies_beside_them_are_fetched_once(hub, capfd, weights):
+    if weights != SHARDS:
+        del hub.files[INDEX]
+    expected = sorted([*USUAL, *weights, *([INDEX] if weights == SHARDS else [])])
+    directory = find_checkpoint("org/name")
+    assert contents(directory) == {name: hub.files[name] for name in expected}
+    assert hub.served() == expected
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("downloading")]
+    assert re.fullmatch(rf"downloading org/name: 0.00\d* GB of 0.00\d* GB to {directory}", line)
+    assert download("org/name") == directory
+    assert hub.served() == expected
+    assert "downloading" not in capfd.readouterr().err
+
+
+def test_a_revision_and_the_token_reach_the_hub(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.revisions = {"refs/pr/1"}
+    assert download("org/name@refs/pr/1").name == hub.sha
+    assert hub.token == "Bearer hf_secret"
+
+
+def test_a_connection_that_breaks_is_resumed_where_it_broke(hub, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
+    hub.cut = {SHARDS[0]}
+    assert (download("org/name") / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
+    assert [asked for name, asked in hub.fetched if name == SHARDS[0]] == [None, "bytes=500000-"]
+
+
+def test_a_download_that_failed_goes_on_with_the_files_that_are_missing(hub):
+    hub.refuse = {f"/org/name/resolve/{hub.sha}/{SHARDS[1]}": (403, "")}
+    with pytest.raises(FileNotFoundError, match=r"does not let this account read org/name \(403\)"):
+        download("org/name")
+    hub.refuse, hub.fetched = {}, []
+    directory = download("org/name")
+    assert SHARDS[1] in hub.served() and SHARDS[0] not in hub.served()
+    assert (directory / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
+
+
+def test_a_new_revision_with_the_same_weights_fetches_only_what_changed(hub, capfd):
+    download("org/name@v1")
+    hub.sha, hub.files["LICENSE"], hub.fetched = "2" * 40, b"changed", []
+    assert contents(download("org/name"))["LICENSE"] == b"changed"
+    assert hub.served() == ["LICENSE"]
+    assert "downloading org/name: 7e-09 GB of 0.00" in capfd.readouterr().err
+
+
+def test_two_processes_at_once_leave_one_whole_copy(hub, tmp_path):
+    code = "import sys; from llama_jax.checkpoint.hub import download; print(download('org/name'))"
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    start = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(start, cwd=ROOT, env=os.environ | environment, **pipes) for _ in range(2)]
+    [one, other] = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], (one, other)
+    assert one[0] == other[0]
+    assert contents(Path(one[0].strip())) == {name: hub.files[name] for name in [*USUAL, *SHARDS, INDEX]}
+
+
+# Without the hub
+
+
+def test_offline_uses_what_is_cached_without_a_word(hub, monkeypatch, capfd):
+    directory = download("org/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    capfd.readouterr()
+    assert download("org/name") == directory
+    assert capfd.readouterr().err == ""
+    (directory / SHARDS[0]).unlink()
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set"):
+        download("org/name")
+
+
+def test_offline_without_a_copy_is_one_line(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = "^org/name is no local directory and not whole in .*/cache/hub, and HF_HUB_OFFLINE is set$"
+    with pytest.raises(FileNotFoundError, match=message):
+        download("org/name")
+    assert hub.fetched == []
+
+
+def test_without_network_the_copy_is_used_and_why_is_said(hub, monkeypatch, capfd):
+    directory = download("org/name")
+    hub.refuse = {"/api/": (503, "")}
+    capfd.readouterr()
+    assert download("org/name") == directory
+    assert capfd.readouterr().err.startswith(f"using the copy in {directory}, because org/name is no local dir")
+    (directory / SHARDS[1]).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"^{directory} lacks {SHARDS[1]}: org/name .* could not be downloaded: .*503"
+    ):
+        download("org/name")
+
+
+def test_no_network_and_no_copy_is_one_line(hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    message = r"^org/name is no local directory and could not be downloaded: .*Connection refused$"
+    with pytest.raises(FileNotFoundError, match=message):
+        download("org/name")
+
+
+# What is refused
+
+PAGE = "https://huggingface.co/org/name"
+
+
+@pytest.mark.parametrize(
+    ("where", "status", "code", "message"),
+    [
+        ("/org/name/", 401, "GatedRepo", rf"\(401\): .* accept the licence at {PAGE} and set HF_TOKEN to a token"),
+        ("/org/name/", 403, "GatedRepo", rf"\(403\): .* accept the licence at {PAGE} and set HF_TOKEN to a token"),
+        ("/api/", 401, "", rf"\(401\): if the name is right, accept the licence at {PAGE} and set HF_TOKEN"),
+        ("/api/", 403, "", rf"\(403\): if the name is right, accept the licence at {PAGE} and set HF_TOKEN"),
+        (
+            "/api/",
+            404,
+            "RepoNotFound",
+            f"no local directory, and on the hub there is no {PAGE}, or none for",
+        ),
+        ("/api/", 500, "", "^org/name is no local directory and could not be downloaded: .*500"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_and_what_to_do(hub, capfd, where, status, code, message):
+    hub.refuse = {where: (status, code)}
+    with pytest.raises(FileNotFoundError, match=message) as caught:
+        download("org/name")
+    assert "\n" not in str(caught.value)
+    assert "downloading" not in capfd.readouterr().err
+    assert not {*hub.served()} - {"config.json"}
+
+
+def test_a_revision_that_is_not_there_is_named(hub):
+    with pytest.raises(FileNotFoundError, match="^org/name has no revision 'v2'; .*/tree/main shows those"):
+        download("org/name@v2")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["original/consolidated.00.pth", "original/params.json", "README.md"], "Meta's original form, not safeten"),
+        (["consolidated.00.pth", "params.json"], "fetch it with `hf download org/name --local-dir DIR` and give the"),
+        (["config.json", "pytorch_model.bin"], r"pickled weights alone \(pytorch_model.bin\), which are not opened"),
+        (["config.json", "model.gguf"], "is no model in safetensors: .* it has config.json, model.gguf$"),
+        (["adapter/model.safetensors", "adapter/config.json"], "is no model in safetensors"),
+    ],
+)
+def test_a_repository_of_another_form_is_refused_before_anything_is_fetched(hub, names, message):
+    hub.files = dict.fromkeys(names, b"x")
+    with pytest.raises(ValueError, match=f"^org/name .*{message}"):
+        download("org/name")
+    assert hub.fetched == []
+
+
+def test_another_architecture_is_refused_before_its_weights_are_fetched(hub):
+    hub.files["config.json"] = b'{"model_type": "mistral", "architectures": ["MistralForCausalLM"]}'
+    with pytest.raises(ValueError, match="only a LlamaForCausalLM of model_type 'llama' is supported"):
+        download("org/name")
+    assert hub.served() == ["config.json", INDEX]
+
+
+def test_an_index_that_names_what_is_not_there_or_names_nothing_is_refused(hub):
+    del hub.files[SHARDS[1]]
+    with pytest.raises(ValueError, match=f"^org/name lacks {SHARDS[1]}, which its {INDEX} names$"):
+        download("org/name")
+    hub.sha, hub.files[INDEX] = "3" * 40, b"[]"
+    with pytest.raises(ValueError, match=f"{INDEX}: a JSON object with a weight_map of file names was expected"):
+        download("org/name")
+
+
+def test_too_little_room_is_refused_with_both_numbers(hub, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1_500_000))
+    message = "^org/name takes 0.002 GB more and .*/cache/hub/.* has 0.0015 GB free; make room, or set HF_HOME to a dir"
+    with pytest.raises(OSError, match=message):
+        download("org/name")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2_500_000))
+    assert download("org/name").is_dir()
