@@ -1,14 +1,16 @@
 """Between stored tensors and the model's arrays, a tensor at a time, in both directions.
 
-Reading: each device's part of each array is read from the files as a slice, so a process reads
-only what its devices hold, and the host holds one such part. Writing: canonical tensors are
-taken off the model one by one. The invariant: every leaf is filled once and every stored tensor
-is used, else the error names what is missing, surplus or misshapen.
+Reading: the processes share the bytes of the files, so that each byte is read once, and exchange
+what they have read where their devices hold the same or other parts. Writing: canonical tensors
+are taken off the model one by one. The invariant: every leaf is filled once and every stored
+tensor is used, else the error names what is missing, surplus or misshapen.
 """
 
+import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -16,19 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec, get_mesh, reshard
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_mesh, reshard
 from jax.typing import DTypeLike
 
 from llama_jax.checkpoint.names import StoredWeight, canonical_shapes, matrix_slices, stored_weights
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Layout, Llama
+from llama_jax.progress import progress
 
 # Buffers that old exporters wrote beside the weights; they follow from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 # Rows that are transposed at a time: the cache holds them, which is four times as fast as all at once.
-_TILE = 128
+_TILE = 64
+
+_NUM_THREADS = 8  # a disk is at its full speed when several wait for it
+_BLOCK_BYTES = 16 * 2**20
+_HOST_BYTES = 2**30
+_ALIGNMENT = 64  # bytes, XLA's own
 
 
 def check_tensors(cfg: LlamaConfig, source: Source, file_of: Callable[[str], Path]) -> None:
@@ -49,54 +57,172 @@ def check_tensors(cfg: LlamaConfig, source: Source, file_of: Callable[[str], Pat
 
 
 def read_model(cfg: LlamaConfig, source: Source, *, dtype: DTypeLike, layout: Layout = "stacked") -> Llama:
-    """A model on the ambient mesh, filled from a source whose tensors have been checked."""
+    """A model on the ambient mesh, filled from a source whose tensors have been checked.
+
+    Threads read, cast and transpose blocks of several leaves at once, while finished leaves go to
+    the devices in order. The host holds 1 GiB of parts, or one leaf's if those are larger; where
+    processes exchange what they have read, a device holds its part of one leaf twice meanwhile.
+    """
     abstract = jax.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), layout=layout))
-    leaves, tree = jax.tree.flatten_with_path(abstract)
-    return jax.tree.unflatten(tree, [_read_leaf(cfg, source, path, leaf, dtype) for path, leaf in leaves])
+    found, tree = jax.tree.flatten_with_path(abstract)
+    leaves = [_Leaf(cfg, path, leaf, np.dtype(dtype)) for path, leaf in found]
+    total = sum(leaf.num_stored_bytes(source) for leaf in leaves)
+    arrays, started = [], deque[tuple[_Leaf, list[np.ndarray], list[Future[int]]]]()
+
+    def finish_first() -> None:
+        leaf, parts, blocks = started.popleft()
+        for block in blocks:
+            bar.update(block.result())
+        arrays.append(leaf.to_devices(parts))
+
+    pool = ThreadPoolExecutor(_NUM_THREADS)
+    try:
+        with progress(total, desc="loading", shown=jax.process_index() == 0) as bar:
+            for leaf in leaves:
+                while started and leaf.nbytes + sum(other.nbytes for other, *_ in started) > _HOST_BYTES:
+                    finish_first()
+                started.append((leaf, *leaf.start(source, pool)))
+            while started:
+                finish_first()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return jax.tree.unflatten(tree, arrays)
 
 
-def _read_leaf(cfg: LlamaConfig, source: Source, path, leaf: jax.ShapeDtypeStruct, dtype: DTypeLike) -> Array:
-    weights, stacked = stored_weights(jax.tree_util.keystr(path, simple=True, separator="."), cfg.num_layers)
-    assert leaf.sharding is not None
-    sharding = NamedSharding(get_mesh(), leaf.sharding.spec)
-    holders = defaultdict(list)  # replicas of one part are read once
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        bounds = tuple(s.indices(dim)[:2] for s, dim in zip(index or (), leaf.shape, strict=True))
-        holders[bounds].append(device)
-    arrays = []
-    for bounds, devices in holders.items():
-        part = np.empty([stop - start for start, stop in bounds], dtype)
-        index = tuple(slice(*bound) for bound in bounds)
-        if stacked:
-            for weight, out in zip(weights[index[0]], part, strict=True):
-                _read_weight(source, weight, leaf.shape[1:], index[1:], out)
-        else:
-            _read_weight(source, weights[0], leaf.shape, index, part)
-        arrays += [jax.device_put(part, device) for device in devices]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+class _Leaf:
+    """An array of the model on its way from the files to the devices of this process."""
+
+    def __init__(self, cfg: LlamaConfig, path, abstract: jax.ShapeDtypeStruct, dtype: np.dtype):
+        self._weights, self._stacked = stored_weights(
+            jax.tree_util.keystr(path, simple=True, separator="."), cfg.num_layers
+        )
+        assert abstract.sharding is not None
+        self._shape, self._spec, self._dtype = abstract.shape, abstract.sharding.spec, dtype
+        mesh = get_mesh()
+        num_inputs = self._weights[0].num_inputs
+        self._reading = NamedSharding(mesh, reading_spec(self._shape, self._spec, num_inputs, self._stacked, mesh))
+        self._holders = defaultdict(list)  # replicas of one part are read once
+        for device, index in self._reading.addressable_devices_indices_map(self._shape).items():
+            bounds = tuple(s.indices(dim)[:2] for s, dim in zip(index or (), self._shape, strict=True))
+            self._holders[bounds].append(device)
+        self.size = sum(math.prod(stop - start for start, stop in bounds) for bounds in self._holders)
+        self.nbytes = self.size * dtype.itemsize
+
+    def num_stored_bytes(self, source: Source) -> int:
+        """What this process reads of it."""
+        return self.size * source.tensors[self._weights[0].name].dtype.itemsize
+
+    def start(self, source: Source, pool: Executor) -> tuple[list[np.ndarray], list[Future[int]]]:
+        """The parts, one for each distinct slice, and the work that fills them a block at a time."""
+        indices = [tuple(slice(*bound) for bound in bounds) for bounds in self._holders]
+        parts = [_empty([s.stop - s.start for s in index], self._dtype) for index in indices]
+        blocks = []
+        for layer, weight in enumerate(self._weights):  # outside, so that the slices of a tensor are read together
+            for index, part in zip(indices, parts, strict=True):
+                shape, out = self._shape, part
+                if self._stacked:
+                    if not index[0].start <= layer < index[0].stop:
+                        continue
+                    shape, out, index = shape[1:], part[layer - index[0].start], index[1:]
+                blocks += [
+                    pool.submit(_read_block, source, weight.name, stored, block)
+                    for stored, block in _blocks(weight.num_inputs, shape, index, out)
+                ]
+        return parts, blocks
+
+    def to_devices(self, parts: list[np.ndarray]) -> Array:
+        """The array once its parts are filled; every process must ask for the same one."""
+        arrays = [
+            jax.device_put(part, device)
+            for part, devices in zip(parts, self._holders.values(), strict=True)
+            for device in devices
+        ]
+        array = jax.make_array_from_single_device_arrays(self._shape, self._reading, arrays)
+        target = NamedSharding(self._reading.mesh, self._spec)
+        if not self._reading.is_equivalent_to(target, len(self._shape)):
+            array = reshard(array, target)
+        return jax.block_until_ready(array)
 
 
-def _read_weight(
-    source: Source, weight: StoredWeight, shape: tuple[int, ...], index: tuple[slice, ...], out: np.ndarray
-) -> None:
-    """Fill out, contiguous, with the part `index` of a model weight of this shape, in its own dtype."""
-    n = weight.num_inputs
-    if n == 0:
-        values = source.read(weight.name, index)
-        out[: len(values)] = values
-        out[len(values) :] = 0  # rows that pad the vocabulary
-        return
-    matrix = out.reshape(math.prod(out.shape[:n]), math.prod(out.shape[n:]))
-    row = 0
-    for outputs in matrix_slices(shape[n:], index[n:]):
-        column = 0
-        for inputs in matrix_slices(shape[:n], index[:n]):
-            block = source.read(weight.name, (outputs, inputs))
-            for start in range(0, len(block), _TILE):
-                tile = block[start : start + _TILE].astype(out.dtype, copy=False)
-                matrix[column : column + tile.shape[1], row + start : row + start + len(tile)] = tile.T
-            column += block.shape[1]
-        row += len(block)
+def reading_spec(
+    shape: tuple[int, ...], spec: PartitionSpec, num_inputs: int, stacked: bool, mesh: Mesh
+) -> PartitionSpec:
+    """How processes share the reading of an array that will be split by spec.
+
+    Mesh axes that span processes and that spec leaves out (replicas) or puts on columns of the
+    stored matrix (scattered bytes, of which a disk reads the pages around) go to layers or rows, as
+    far as they divide them. So each byte is read by one process. Norms are read by each.
+    """
+    first = int(stacked)
+    if len(shape) - first == 1:
+        return spec
+    axes: list[tuple[str, ...]] = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    rows = range(first + num_inputs, len(shape)) if num_inputs else range(first, first + 1)
+    dims = [*range(first), *rows]
+    columns = [dim for dim in range(len(shape)) if dim not in dims]
+    for axis in _axes_between_processes(mesh):
+        home = next((dim for dim, names in enumerate(axes) if axis in names), None)
+        if home in dims:
+            continue
+        for dim in dims if home is not None else dims + columns:
+            if shape[dim] % math.prod(mesh.shape[name] for name in (*axes[dim], axis)) == 0:
+                if home is not None:
+                    axes[home] = tuple(name for name in axes[home] if name != axis)
+                axes[dim] += (axis,)
+                break
+    return PartitionSpec(*(names or None for names in axes))
+
+
+def _axes_between_processes(mesh: Mesh) -> list[str]:
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    return [name for dim, name in enumerate(mesh.axis_names) if np.diff(processes, axis=dim).any()]
+
+
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An array at an address that a CPU device takes as it is; any other it would copy."""
+    raw = np.empty(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : raw.size - _ALIGNMENT + start].view(dtype).reshape(shape)
+
+
+def _blocks(
+    num_inputs: int, shape: tuple[int, ...], index: tuple[slice, ...], out: np.ndarray
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Slices of a stored tensor, and the views of out, the part `index` of a weight of this shape, that take them."""
+    if num_inputs:
+        sides = [
+            matrix_slices(shape[num_inputs:], index[num_inputs:]),
+            matrix_slices(shape[:num_inputs], index[:num_inputs]),
+        ]
+        out = out.reshape(math.prod(out.shape[:num_inputs]), -1).T
+    else:
+        sides = [[s] for s in index]
+    row_bytes = max(1, out[:1].nbytes)
+    steps = [max(_TILE, _BLOCK_BYTES // row_bytes), max(out.shape)]
+    placed = [list(_placed(ranges, step)) for ranges, step in zip(sides, steps, strict=False)]
+    for box in itertools.product(*placed):
+        yield tuple(stored for stored, _ in box), out[tuple(here for _, here in box)]
+
+
+def _placed(ranges: list[slice], step: int) -> Iterator[tuple[slice, slice]]:
+    """The ranges in steps, each with its place when they are laid end to end."""
+    end = 0
+    for whole in ranges:
+        for start in range(whole.start, whole.stop, step):
+            stop = min(start + step, whole.stop)
+            begin, end = end, end + stop - start
+            yield slice(start, stop), slice(begin, end)
+
+
+def _read_block(source: Source, name: str, index: tuple[slice, ...], out: np.ndarray) -> int:
+    """Fill out, whose dims lie in any order in memory, in its dtype; how many bytes that was in the files."""
+    block = source.read(name, index)
+    stored = out[: len(block)]
+    for start in range(0, len(block), _TILE):
+        tile = slice(start, start + _TILE)
+        stored[tile] = block[tile].astype(out.dtype, copy=False)
+    out[len(block) :] = 0  # rows that pad the vocabulary
+    return out.size * block.itemsize
 
 
 class ModelSource:

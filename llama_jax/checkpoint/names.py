@@ -80,8 +80,7 @@ def canonical_shapes(cfg: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def matrix_slices(dims: tuple[int, ...], index: tuple[slice, ...]) -> list[slice]:
     """The flat ranges of a matrix side that an index into its dims covers: one where it is contiguous.
 
-    dims (K, G, H) with part of G gives one range for each K; only the last dimension may not be cut
-    unless it is alone.
+    dims (K, G, H) with part of G gives one range for each K, with part of H one for each K and G.
     """
     starts = [s.indices(dim)[:2] for s, dim in zip(index, dims, strict=True)]
     if len(dims) == 1:

@@ -24,8 +24,9 @@ from llama_jax.checkpoint.safetensors import expect_end, next_tensor
 from llama_jax.checkpoint.source import TensorSpec
 from llama_jax.paths import local_path, vacant_directory
 
-_CHUNK_BYTES = 64 * 2**20
-_CHUNKS_IN_FLIGHT = 4
+_CHUNK_BYTES = 4 * 2**20  # a slice reads whole chunks, so small ones leave little to be read twice
+_CHUNKS_IN_FLIGHT = 64
+_CACHE_BYTES = 2**29  # decoded chunks that the next slice may need too, and the tree's nodes
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")  # Orbax's names for what tensorstore holds
 
 
@@ -42,13 +43,13 @@ class OrbaxSource:
         kvstore = {
             "driver": "ocdbt",
             "base": {"driver": "file", "path": f"{self.directory}/"},
-            "cache_pool": "cache_pool#nodes",
         }
         spec = {
             "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
             "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
+            "recheck_cached_data": "open",  # a finished checkpoint does not change
         }
-        context = ts.Context({"cache_pool#nodes": {"total_bytes_limit": 100_000_000}})
+        context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
         opening = {
             name: ts.open(spec | {"kvstore": kvstore | {"path": name}}, context=context)
             for name in names
