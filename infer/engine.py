@@ -8,7 +8,7 @@ to buckets, so that after one run of a bucket nothing compiles again.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from infer.request import Request, Result
 from infer.sampling import RowSettings, SamplingParams, row_settings, sample
 from llama_jax.cache import init_cache
 from llama_jax.chat import encode_chat
+from llama_jax.memory import check_program
 from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer
 
@@ -29,16 +30,23 @@ Prompt = str | Sequence[int] | Sequence[dict]
 
 _MIN_BUCKET = 16
 
+_WAYS = "fewer or shorter prompts at a time, a shorter max_seq_len or more devices"
+
 
 @dataclass
 class Throughput:
-    """What a run measured: tokens and seconds of prefill and of decode, and seconds of compiling before them."""
+    """What a run measured: tokens and seconds of prefill and of decode, and seconds of compiling before them.
+
+    first_token_seconds is the time from the start of the run to its first token, with compiling.
+    """
 
     compile_seconds: float = 0.0
+    first_token_seconds: float = 0.0
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
 
     def clock(self) -> float:
         """Seconds that do not pass while a program compiles."""
@@ -182,7 +190,9 @@ class Engine:
             state, caches, *new = chunk
             chunk = self._dispatch(requests, state, caches, in_flight=new[0].shape[1])
             new = [np.asarray(x) for x in new]
-            first_read = first_read or measured.clock()
+            if first_read is None:
+                first_read = measured.clock()
+                measured.first_token_seconds = measured.first_token_seconds or time.perf_counter() - measured.began
             for i, request in enumerate(requests):
                 if request.unfinished:
                     yield i, request.push(new[0][i], new[1][i])
@@ -202,15 +212,20 @@ class Engine:
         return self._call(self._decode, self._weights, state, caches, alive)
 
     def _call(self, function, *args, **static):
-        """Run a jitted function, compiling it first, with the time taken apart, if its bucket is new."""
+        """Run a jitted function, compiling it first, with the time taken apart, if its bucket is new.
+
+        Raises ValueError if the devices have not the memory that the program needs.
+        """
         shapes = tuple(x.shape for x in jax.tree.leaves(args[1:]))
         key = (function, shapes, *static.values())
         if key not in self._compiled:
             jax.block_until_ready(args)  # or what still runs would be taken for compiling
             began = time.perf_counter()
             with jax.set_mesh(self._mesh):
-                self._compiled[key] = function.lower(*args, **static).compile()
+                compiled = function.lower(*args, **static).compile()
             self.throughput.compile_seconds += time.perf_counter() - began
+            check_program("this batch", compiled, self._mesh.devices.flat, ways=_WAYS)
+            self._compiled[key] = compiled
         return self._compiled[key](*args)
 
     @property

@@ -5,21 +5,51 @@ in the options are answered at once.
 """
 
 import argparse
+import bisect
 import json
-import math
-import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_jax.devices import describe_run, model_name, open_devices, use_compilation_cache
+from llama_jax.entry import say
+
 if TYPE_CHECKING:
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from infer.engine import Throughput
     from infer.sampling import SamplingParams
     from llama_jax.checkpoint import Checkpoint
+    from llama_jax.config import LlamaConfig
     from llama_jax.model import Llama
 
 # The model that ships with the project: a Hugging Face directory.
 DEMO = Path(__file__).parents[1] / "llama_jax" / "demo"
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+_SHORTEST = 256  # tokens of the shortest conversation, and of the steps in which longer ones are tried
+
+
+class Startup:
+    """A stopwatch for what a command does before its first token."""
+
+    def __init__(self):
+        """Starts it."""
+        self._seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, step: str) -> None:
+        """End a step: "import", "open", "load"."""
+        now = time.perf_counter()
+        self._seconds[step], self._last = now - self._last, now
+
+    def line(self, throughput: "Throughput") -> str:
+        """The seconds of all steps and in sum, with those of the first run up to its first token."""
+        seconds = self._seconds | {"compile and prefill": throughput.first_token_seconds}
+        steps = ", ".join(f"{step} {size:.1f}" for step, size in seconds.items())
+        return f"first token after {sum(seconds.values()):.1f} s: {steps}"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +72,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Declare how tokens are chosen."""
     group = parser.add_argument_group("sampling", "defaults: the checkpoint's generation_config.json, else greedy")
-    group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s; 2,048 in a conversation"
+    )
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; 1 where only a filter is given")
     group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
     group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that sum to P")
@@ -58,33 +90,78 @@ def open_model(args: argparse.Namespace) -> "Checkpoint":
 
     if args.checkpoint is None and not DEMO.is_dir():
         raise FileNotFoundError(f"the demo model is missing from {DEMO}; name a model with --checkpoint")
-    return open_checkpoint(
+    checkpoint = open_checkpoint(
         DEMO if args.checkpoint is None else args.checkpoint,
         overrides=parse_settings(args.set),
         allow_unknown_config=args.allow_unknown_config,
     )
+    limit = checkpoint.cfg.max_seq_len
+    if args.max_seq_len is not None and not 1 <= args.max_seq_len <= limit:
+        raise ValueError(f"max_seq_len={args.max_seq_len} must be between 1 and the model's {limit}")
+    return checkpoint
 
 
 def load_model(args: argparse.Namespace, checkpoint: "Checkpoint") -> "Llama":
-    """The model, split over the mesh that the options ask for."""
+    """The model, split over the mesh that the options ask for; stderr says first what runs where.
+
+    Raises ValueError, before a weight is read, for devices that cannot be used and for those that do not
+    hold the model and a cache of --max-new-tokens; what prompts add is checked by the engine.
+    """
     import jax
 
-    from llama_jax.checkpoint import load_opened
+    from llama_jax.checkpoint import load_opened, weights_dtype
     from llama_jax.mesh import inference_mesh_spec, use_mesh
 
     use_compilation_cache()
-    with use_mesh(args.mesh or inference_mesh_spec(checkpoint.cfg, jax.device_count())):
-        return load_opened(checkpoint, dtype=args.dtype, layout="layers")
+    num_devices = len(open_devices())
+    with use_mesh(args.mesh or inference_mesh_spec(checkpoint.cfg, num_devices, jax.local_device_count())) as mesh:
+        dtype = weights_dtype(checkpoint, args.dtype)
+        say(describe_run(checkpoint.cfg, mesh, dtype, args.checkpoint or "the demo"))
+        limit = args.max_seq_len or checkpoint.cfg.max_seq_len
+        _check_memory(checkpoint.cfg, mesh, dtype, min(limit, args.max_new_tokens))
+        return load_opened(checkpoint, dtype=dtype, layout="layers")
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs for the next run in the user's cache, if no other place is set."""
+def _check_memory(cfg: "LlamaConfig", mesh: "Mesh", dtype: "np.dtype", num_tokens: int) -> None:
+    from llama_jax.memory import check_fit, check_host, generation_bytes, weight_bytes
+
+    needs = {"weights": weight_bytes(cfg, dtype)}
+    needs |= generation_bytes(cfg, dtype, num_rows=1, prompt_tokens=1, num_tokens=num_tokens)
+    ways = "a smaller model, more devices (along tensor in --mesh)"
+    ways += ", --dtype bfloat16" if dtype.itemsize > 2 else ""
+    devices = list(mesh.devices.flat)
+    check_fit(model_name(cfg), needs, devices, ways=f"{ways} or a shorter --max-seq-len")
+    if devices[0].platform != "cpu":
+        check_host(cfg, dtype)
+
+
+def conversation_length(args: argparse.Namespace, model: "Llama") -> int:
+    """How many tokens of conversation fit, at most --max-seq-len or the model's: those of its cache and its prefill.
+
+    A tenth of the memory that the loaded model has left is kept free. Raises ValueError if not even
+    256 tokens fit.
+    """
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-        jax.config.update("jax_compilation_cache_dir", str(home / "llama_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    from llama_jax.memory import bytes_left, check_fit, generation_bytes
+
+    table = model.embedding[...]
+    devices = list(table.sharding.addressable_devices)
+    left, limit = bytes_left(devices), args.max_seq_len or model.cfg.max_seq_len
+
+    def needs(length: int) -> dict[str, int]:
+        with jax.set_mesh(table.sharding.mesh):
+            return generation_bytes(model.cfg, table.dtype, num_rows=1, prompt_tokens=length, num_tokens=length)
+
+    def total(length: int) -> int:
+        return sum(needs(length).values())
+
+    shortest = min(_SHORTEST, limit)
+    check_fit("a conversation", needs(shortest), devices, ways="a smaller model or more devices")
+    if left is None or total(limit) <= 0.9 * left:
+        return limit
+    lengths = range(shortest, limit, _SHORTEST)
+    return lengths[max(1, bisect.bisect_right(lengths, 0.9 * left, key=total)) - 1]
 
 
 def sampling_params(args: argparse.Namespace, checkpoint: "Checkpoint") -> "SamplingParams":
@@ -119,25 +196,9 @@ def _generation_config(directory: Path) -> dict:
         raise ValueError(f"{file} is not a JSON object: {error}") from None
 
 
-def summary(args: argparse.Namespace, model: "Llama", params: "SamplingParams") -> str:
-    """Devices, mesh, dtype, model and sampling in one line."""
-    from llama_jax.mesh import AXES, tensor_axes
-
-    table = model.embedding[...]
-    mesh = table.sharding.mesh
-    sizes = {axis: mesh.shape[axis] for axis in AXES[:3]}
-    sizes["tensor"] = math.prod(mesh.shape[axis] for axis in tensor_axes(mesh))
-    split = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "tensor=1"
-    count = model.cfg.num_params()
-    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+def describe_sampling(params: "SamplingParams") -> str:
+    """How tokens are chosen: "greedy", or the settings that differ from none, as "temperature=0.6 top_p=0.9"."""
+    if params.temperature == 0:
+        return "greedy"
     off = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    settings = [f"{name}={getattr(params, name)}" for name, value in off.items() if getattr(params, name) != value]
-    return ", ".join(
-        [
-            f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-            split,
-            str(table.dtype),
-            f"{args.checkpoint or 'demo'}: {size} parameters",
-            " ".join(settings) if params.temperature > 0 else "greedy",
-        ]
-    )
+    return " ".join(f"{name}={getattr(params, name)}" for name, value in off.items() if getattr(params, name) != value)

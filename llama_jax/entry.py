@@ -1,4 +1,4 @@
-"""What every command shares: one clear line for an error, and settings from the command line."""
+"""What every command shares: one clear line for an error, lines about the run, settings from the command line."""
 
 import os
 import sys
@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: 0, 1 with one line on stderr for an error, 130 for Ctrl-C.
 
-    ValueError and OSError are what a user can cause; anything else is our mistake and shows its
-    traceback. LLAMA_JAX_TRACEBACK=1 shows it for all.
+    ValueError, OSError and a device without memory are what a user can cause; anything else is our
+    mistake and shows its traceback. LLAMA_JAX_TRACEBACK=1 shows it for all.
     """
     try:
         main()
@@ -23,11 +23,27 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        if os.environ.get("LLAMA_JAX_TRACEBACK"):
+        _fail(error, " ".join(str(error).split()))
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        first_line = str(error).partition("\n")[0]  # what follows lists every array
+        _fail(error, f"{first_line} Use a smaller model, batch or context, or more devices.")
     sys.exit(0)
+
+
+def _fail(error: Exception, line: str) -> NoReturn:
+    if os.environ.get("LLAMA_JAX_TRACEBACK"):
+        raise error
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(1)
+
+
+def say(line: str) -> None:
+    """Print a line about the run on stderr; of several connected processes the first does."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -124,9 +124,13 @@ def legal_tensor_sizes(cfg: LlamaConfig, limit: int) -> list[int]:
     ]
 
 
-def inference_mesh_spec(cfg: LlamaConfig, num_devices: int) -> str:
-    """The mesh that inference takes when none is asked for: the largest legal tensor, the rest data."""
-    tensor = max(size for size in legal_tensor_sizes(cfg, num_devices) if num_devices % size == 0)
+def inference_mesh_spec(cfg: LlamaConfig, num_devices: int, num_local: int | None = None) -> str:
+    """The mesh that inference takes when none is asked for: the largest legal tensor, the rest data.
+
+    tensor stays among the num_local devices of a process (default: all), whose connections are fast.
+    """
+    local = num_devices if num_local is None else num_local
+    tensor = max(size for size in legal_tensor_sizes(cfg, local) if local % size == 0)
     return f"data={num_devices // tensor},tensor={tensor}"
 
 

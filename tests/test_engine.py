@@ -188,6 +188,24 @@ def test_throughput_counts_tokens_and_keeps_compiling_apart(odd_engine):
     assert engine.throughput.compile_seconds == 0
 
 
+def test_the_first_token_comes_after_compiling_and_prefill_of_the_first_batch(odd_engine):
+    engine = odd_engine("data=1", max_batch_size=1)
+    engine.generate([[1, 2], [3] * 40], SamplingParams(max_new_tokens=20))
+    measured = engine.throughput
+    assert 0 < measured.first_token_seconds < measured.compile_seconds + measured.prefill_seconds
+    engine.generate([1, 2], SamplingParams(max_new_tokens=20))
+    assert engine.throughput.first_token_seconds == pytest.approx(engine.throughput.prefill_seconds, abs=0.05)
+
+
+def test_a_batch_that_does_not_fit_is_refused_and_a_smaller_one_then_runs(odd_engine, monkeypatch):
+    engine = odd_engine("data=1")
+    small = engine.generate([1] * 10)[0].tokens
+    monkeypatch.setattr("llama_jax.memory.bytes_left", lambda devices: 1_000_000)
+    with pytest.raises(ValueError, match=r"this batch needs .* \(temporaries .*, results .*\), but 0.001 GB are left"):
+        engine.generate([[1] * 900] * 8)
+    assert engine.generate([1] * 10)[0].tokens == small
+
+
 # What it makes of the tokens. The model below says token i + 1 after token i, and each token is one byte of a text.
 
 

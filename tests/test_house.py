@@ -13,13 +13,14 @@ PACKAGES = ("llama_jax", "train", "infer")
 
 # A file imports from lower floors, or from its own without a circle.
 FLOORS = (
-    ("config", "mesh", "paths", "tokenizer", "chat", "entry"),
+    ("config", "mesh", "paths", "tokenizer", "chat", "progress", "devices", "entry"),
     ("rope", "quantize", "kernels"),
     ("attention", "cache"),
     ("model",),
     ("lora", "vision", "speech"),
-    ("checkpoint", "convert", "plan"),
+    ("memory", "checkpoint", "convert", "plan"),
     ("train", "infer"),
+    ("__main__",),
 )
 FACE_FLOOR = 5.5  # llama_jax itself shows what is in the package, and train and infer may use it
 

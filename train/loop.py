@@ -16,8 +16,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import get_mesh
 
 from llama_jax.config import LlamaConfig
+from llama_jax.memory import check_program
 from llama_jax.paths import staged_file
 from train.checkpoints import Progress, remove_old_steps, save_step, saved_steps
 from train.config import PhaseConfig, TrainConfig
@@ -27,13 +29,16 @@ from train.evaluation import extension_report, format_report, losses_by_position
 from train.metrics import MetricsLog, clock, plot_loss, say
 from train.optimizer import Optimizer, TrainState, learning_rate_schedule, train_step
 
+# Ways out for a run that does not fit.
+WAYS = "a smaller model or batch_tokens, more devices along fsdp in run.mesh or more run.loss_chunks"
+
 
 class Stage:
     """One stage of a run, from wherever it stands to its end."""
 
     def __init__(self, config: TrainConfig, name: str, run_dir: Path, optimizer: Optimizer):
         """Reads the data; trains nothing yet."""
-        self.config, self.name, self.run_dir = config, name, run_dir
+        self.config, self.name, self.run_dir, self.optimizer = config, name, run_dir, optimizer
         self.settings = config.stage[name]
         self.model: LlamaConfig = config.stage_model(name)
         self.compute_dtype = jnp.dtype(config.run.compute_dtype)
@@ -77,6 +82,7 @@ class Stage:
                 began = time.perf_counter()
                 step = self._step.lower(state, batch).compile()
                 say(f"compiled in {time.perf_counter() - began:.0f} s")
+                check_program("a training step", step, get_mesh().devices.flat, ways=WAYS)
                 self.log.restart_clock()
             state, metrics = step(state, batch)
             self.log.count(self.settings.batch_tokens)

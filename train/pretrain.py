@@ -7,17 +7,18 @@ Both stages live in one run directory; a stage that was stopped goes on where it
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import llama_jax
-from llama_jax.convert import copy_companions
+from llama_jax.devices import describe_run, model_name, open_devices, use_compilation_cache
 from llama_jax.entry import parse_settings, run_entry
-from train.checkpoints import Progress, initial_state, read_progress, resumed_state, saved_steps, state_from
 from train.config import TrainConfig, read_config
-from train.data import read_metadata
-from train.loop import Stage
 from train.metrics import say
-from train.optimizer import make_optimizer
-from train.prepare import prepare
+
+if TYPE_CHECKING:
+    from train.checkpoints import Progress
+    from train.loop import Stage
+    from train.optimizer import TrainState
 
 
 def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = None) -> None:
@@ -26,32 +27,63 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
     Raises ValueError if the config has no such stage, if the stage before it is not done, or if
     init is given for a run that already has this stage.
     """
+    # These import jax, which --help need not wait for.
+    from train.loop import Stage
+    from train.optimizer import make_optimizer
+
     if stage not in config.stage:
         raise ValueError(f"config {config.name} has no stage {stage!r}; it has {', '.join(config.stage)}")
     start = starting_point(config, stage, run_dir, init)
+    saved = f"{run_dir}/checkpoints/{start.step}"
     if start.stage_done:
-        say(f"stage {stage} is done: {run_dir}/checkpoints/{start.step}")
+        say(f"stage {stage} is done: {saved}")
         return
-    _prepare_data(config, run_dir)
+    use_compilation_cache()
+    if len({device.process_index for device in open_devices()}) > 1:
+        raise ValueError("training in several processes is not built yet; use the devices of one host")
     with llama_jax.use_mesh(config.run.mesh) as mesh:
-        optimizer = make_optimizer(config.optimizer, config.stage[stage])
-        job = Stage(config, stage, run_dir, optimizer)
-        say(
-            f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {config.run.mesh}, {config.run.compute_dtype}, "
-            f"{config.name} stage {stage}: {job.model.num_params() / 1e6:.1f}M parameters"
+        model, source = config.stage_model(stage), init or (saved if start.step else f"seed {config.run.seed}")
+        say(f"{describe_run(model, mesh, config.run.compute_dtype, source)}: {config.name} stage {stage}")
+        _check_memory(config, stage)
+        _prepare_data(config, run_dir)
+        job = Stage(config, stage, run_dir, make_optimizer(config.optimizer, config.stage[stage]))
+        job.train(_state(job, start, run_dir, init), start)
+
+
+def _check_memory(config: TrainConfig, stage: str) -> None:
+    """Raise ValueError if the devices of the ambient mesh cannot hold the stage's training."""
+    from jax.sharding import get_mesh
+
+    from llama_jax.memory import check_fit, training_bytes
+    from train.loop import WAYS
+
+    model, settings, run = config.stage_model(stage), config.stage[stage], config.run
+    for phase in settings.phases:
+        num_rows = settings.batch_tokens // phase.seq_len
+        needs = training_bytes(
+            model, run.compute_dtype, num_rows=num_rows, seq_len=phase.seq_len, loss_chunks=run.loss_chunks
         )
-        if start.phase_step > 0:
-            state = resumed_state(run_dir, start.step, job.model, optimizer)
-            say(f"resuming at step {start.phase_step} of stage {stage}")
-        elif init or start.step:
-            state = state_from(init or run_dir / "checkpoints" / str(start.step), job.model, optimizer)
-        else:
-            state = initial_state(job.model, optimizer, config.run.seed)
-        job.train(state, start)
+        what = f"training {model_name(model)} at seq_len {phase.seq_len}"
+        check_fit(what, needs, get_mesh().devices.flat, ways=WAYS)
 
 
-def starting_point(config: TrainConfig, stage: str, run_dir: Path, init: str | None) -> Progress:
+def _state(job: "Stage", start: "Progress", run_dir: Path, init: str | None) -> "TrainState":
+    """What the stage starts or goes on with."""
+    from train.checkpoints import initial_state, resumed_state, state_from
+
+    if start.phase_step > 0:
+        state = resumed_state(run_dir, start.step, job.model, job.optimizer)
+        say(f"resuming at step {start.phase_step} of stage {job.name}")
+        return state
+    if init or start.step:
+        return state_from(init or run_dir / "checkpoints" / str(start.step), job.model, job.optimizer)
+    return initial_state(job.model, job.optimizer, job.config.run.seed)
+
+
+def starting_point(config: TrainConfig, stage: str, run_dir: Path, init: str | None) -> "Progress":
     """Where a stage starts or goes on."""
+    from train.checkpoints import Progress, read_progress, saved_steps
+
     steps = saved_steps(run_dir)
     newest = read_progress(run_dir, steps[-1]) if steps else Progress()
     stages = list(config.stage)
@@ -72,6 +104,10 @@ def starting_point(config: TrainConfig, stage: str, run_dir: Path, init: str | N
 
 def _prepare_data(config: TrainConfig, run_dir: Path) -> None:
     """Prepare the data if they are not there, and put the tokenizer into the run."""
+    from llama_jax.convert import copy_companions
+    from train.data import read_metadata
+    from train.prepare import prepare
+
     directory = Path(config.data.directory)
     if not (directory / "metadata.json").exists():
         prepare(config.data.sources, directory, vocab_size=config.model.vocab_size, holdout=config.data.holdout)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.checkpoint.formats import FORMATS, Checkpoint, Format, open_checkpoint, write_checkpoint
 from llama_jax.checkpoint.layout import ModelSource, read_model
+from llama_jax.memory import check_fit, weight_bytes
 from llama_jax.mesh import inference_mesh_spec, make_mesh
 from llama_jax.model import Layout, Llama
 from llama_jax.paths import staged_directory
@@ -27,8 +28,9 @@ def load(
     """A model from a directory, run directory or hub id, split over the ambient mesh.
 
     Each process reads only the slices that its devices hold. dtype defaults to the checkpoint's on
-    TPU and GPU and to float32 on CPU. Outside any mesh the largest legal `tensor` over all devices
-    becomes the global mesh. Raises ValueError or FileNotFoundError with what is wrong.
+    TPU and GPU and to float32 on CPU. Outside any mesh the largest legal `tensor` among a process's
+    devices, the rest `data`, becomes the global mesh. Raises ValueError or FileNotFoundError with
+    what is wrong, before a weight is read also if the devices cannot hold them.
     """
     checkpoint = open_checkpoint(path, overrides=overrides, allow_unknown_config=allow_unknown_config)
     return load_opened(checkpoint, dtype=dtype, layout=layout)
@@ -39,12 +41,23 @@ def load_opened(checkpoint: Checkpoint, *, dtype: DTypeLike | None = None, layou
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r}; expected one of {', '.join(get_args(Layout))}")
     if jax.sharding.get_abstract_mesh().empty:
-        jax.set_mesh(make_mesh(inference_mesh_spec(checkpoint.cfg, jax.device_count())))
+        jax.set_mesh(make_mesh(inference_mesh_spec(checkpoint.cfg, jax.device_count(), jax.local_device_count())))
+    dtype, devices = weights_dtype(checkpoint, dtype), jax.sharding.get_mesh().devices.flat
+    ways = "a smaller model, a mesh of more devices or dtype='bfloat16'"
+    check_fit("the model", {"weights": weight_bytes(checkpoint.cfg, dtype)}, devices, ways=ways)
+    return read_model(checkpoint.cfg, checkpoint.source, dtype=dtype, layout=layout)
+
+
+def weights_dtype(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> np.dtype:
+    """The dtype that is asked for, else the checkpoint's, and float32 where the ambient mesh is of CPUs.
+
+    Raises ValueError for a type that is not of floats.
+    """
     if dtype is None:
         stored = checkpoint.source.tensors["model.embed_tokens.weight"].dtype
         on_cpu = jax.sharding.get_mesh().devices.flat[0].platform == "cpu"
         dtype = jnp.float32 if on_cpu else stored
-    return read_model(checkpoint.cfg, checkpoint.source, dtype=_float_dtype(dtype), layout=layout)
+    return _float_dtype(dtype)
 
 
 def _float_dtype(dtype: DTypeLike | None) -> np.dtype:
@@ -67,4 +80,4 @@ def save(model: Llama, path: str | Path, format: Format = "hf") -> None:
         write_checkpoint(staged, model.cfg, ModelSource(model), to=format)
 
 
-__all__ = ["FORMATS", "Checkpoint", "Format", "load", "load_opened", "open_checkpoint", "save"]
+__all__ = ["FORMATS", "Checkpoint", "Format", "load", "load_opened", "open_checkpoint", "save", "weights_dtype"]
