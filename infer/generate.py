@@ -5,7 +5,6 @@ a prompt reaches the model exactly as it was given, be it an argument, a file, a
 """
 
 import argparse
-import contextlib
 import json
 import os
 import stat
@@ -15,15 +14,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infer.entry import add_model_options, add_sampling_options, load_model, open_model, sampling_params, summary
+from infer.conversation import Conversation, chat_notice, dialog
+from infer.entry import (
+    Startup,
+    add_model_options,
+    add_sampling_options,
+    conversation_length,
+    describe_sampling,
+    load_model,
+    open_model,
+    sampling_params,
+)
+from llama_jax.entry import say
 
 if TYPE_CHECKING:
     from infer.engine import Engine
     from infer.request import Request, Result
-    from infer.sampling import SamplingParams
 
 # Continued where no prompt is given; the demo model has read Python's standard library.
 DEFAULT_PROMPT = 'def read_config(path):\n    """'
+
+# Of an answer in a conversation, where --max-new-tokens is not given.
+ANSWER_TOKENS = 2048
 
 # Above this number of parameters a step takes so long that a stream shows every token by itself.
 _LARGE = 100_000_000
@@ -44,7 +56,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt and nothing else")
     add_sampling_options(parser)
     add_model_options(parser)
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv, argparse.Namespace(max_new_tokens=None))
+    args.conversation = args.chat and not (args.prompts or args.prompt_file or args.json) and _is_terminal()
+    if args.max_new_tokens is None:
+        args.max_new_tokens = ANSWER_TOKENS if args.conversation else parser.get_default("max_new_tokens")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,34 +70,43 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do what the options say. Raises ValueError or OSError for what is wrong with them."""
+    startup = Startup()
     from infer.engine import Engine
     from llama_jax.chat import encode_chat
     from llama_jax.tokenizer import load_tokenizer
 
+    startup.lap("import")
     prompts = read_prompts(args)
     checkpoint = open_model(args)
     tokenizer = None if args.prompt_tokens else load_tokenizer(checkpoint.companions)
     params = sampling_params(args, checkpoint)
     if args.chat:
         assert tokenizer is not None
-        encode_chat(tokenizer, _dialog(args.system, "Hello"))  # tells now if there is no chat format
+        notice = chat_notice(tokenizer, params.stop_tokens)
+        encode_chat(tokenizer, dialog(args.system, "Hello"))  # tells now what the template does not take
+        if notice:
+            say(notice)
+    startup.lap("open")
     model = load_model(args, checkpoint)
+    startup.lap("load")
     streamed = len(prompts) <= 1 and not args.json
     steps = 1 if streamed and model.cfg.num_params() > _LARGE else 8
-    engine = Engine(model, tokenizer, max_seq_len=args.max_seq_len, steps_per_dispatch=steps)
-    requests = engine.requests([_dialog(args.system, text) for text in prompts] if args.chat else prompts, params)
-    print(summary(args, model, params), file=sys.stderr)
+    max_seq_len = conversation_length(args, model) if args.conversation else args.max_seq_len
+    engine = Engine(model, tokenizer, max_seq_len=max_seq_len, steps_per_dispatch=steps)
+    requests = engine.requests([dialog(args.system, text) for text in prompts] if args.chat else prompts, params)
+    say(describe_sampling(params))
+    if args.conversation:
+        return Conversation(engine, params, args.system).run()
     shown = ["" if args.chat or args.prompt_tokens else text for text in prompts]
-    if not requests:
-        converse(engine, params, args.system)
-    elif streamed:
+    if streamed:
         print_stream(engine, requests[0], shown[0])
     else:
         for _ in engine.run(requests):
             pass
         for request, prompt, before in zip(requests, prompts, shown, strict=True):
             print(json_line(engine, request.result, prompt) if args.json else before + _readable(request.result) + "\n")
-    print(engine.throughput, file=sys.stderr)
+    say(str(engine.throughput))
+    say(startup.line(engine.throughput))
 
 
 def read_prompts(args: argparse.Namespace) -> list:
@@ -102,7 +127,7 @@ def read_prompts(args: argparse.Namespace) -> list:
         prompts.append(_text(sys.stdin.buffer.read(), "standard input"))
     if "" in prompts:
         raise ValueError("the prompt is empty; give at least one character")
-    if not prompts and not (args.chat and sys.stdin.isatty() and not args.json):
+    if not prompts and not args.conversation:
         prompts.append(DEFAULT_PROMPT)
     return prompts
 
@@ -121,17 +146,16 @@ def _text(data: bytes, where: str) -> str:
         raise ValueError(f"{where} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from None
 
 
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def _is_piped() -> bool:
     """Whether standard input is a pipe or a file, not a terminal or /dev/null."""
     try:
         return not stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode)
     except (AttributeError, OSError, ValueError):  # there is none, or it is closed
         return False
-
-
-def _dialog(system: str | None, user: str) -> list[dict]:
-    start = [] if system is None else [{"role": "system", "content": system}]
-    return [*start, {"role": "user", "content": user}]
 
 
 def print_stream(engine: "Engine", request: "Request", before: str) -> None:
@@ -153,27 +177,6 @@ def json_line(engine: "Engine", result: "Result", prompt: str | list[int]) -> st
     for speed in ("prefill_tokens_per_second", "decode_tokens_per_second"):
         line[speed] = getattr(engine.throughput, speed)
     return json.dumps(line)
-
-
-def converse(engine: "Engine", params: "SamplingParams", system: str | None) -> None:
-    """Read messages and stream answers until Ctrl-D; Ctrl-C stops an answer."""
-    messages = _dialog(system, "")[:-1]
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            return print()
-        except KeyboardInterrupt:
-            print()
-            continue
-        messages.append({"role": "user", "content": text})
-        answer = ""
-        with contextlib.suppress(KeyboardInterrupt):
-            for piece in engine.stream(messages, params):
-                print(piece, end="", flush=True)
-                answer += piece
-        print()
-        messages.append({"role": "assistant", "content": answer})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from llama_jax import chat
 from llama_jax.chat import encode_chat
 from llama_jax.tokenizer import load_tokenizer
 
@@ -224,12 +225,77 @@ def test_tool_template_is_used_only_with_tools(templated):
         ("{{ messages[0].content + 1 }}", "can only concatenate str"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+        ("{{ '{:10000000000}'.format(1) }}", "unsafe"),
+        ("{{ 'a'.ljust(10000000000) }}", "unsafe"),
+        ("{{ 'a' | center(10000000000) }}", "No filter named 'center'"),
+        ("{{ '%10000000000s' % 'a' }}", "% of str is not offered"),
+        ("{{ 9 ** 9 ** 9 ** 9 }}", r"\*\* of int is not offered"),
+        ("{{ messages | tojson(indent=10000000000) }}", "at most 16"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ raise_exception('a' * 1000) }}", "a{200}$"),
     ],
 )
 def test_a_template_that_fails_is_one_clear_error(templated, template, reason):
     with pytest.raises(ValueError, match=f"the chat template refuses these messages: .*{reason}") as caught:
         encode_chat(replace(templated, chat_template=template), DIALOG)
     assert "\n" not in str(caught.value)
+
+
+GROW = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = GROWN %}{% endfor %}{{ n.x }}"
+DEEP = "{% set n = namespace(x=[1]*1000) %}{% for i in range(400) %}{% set n.x = [n.x] %}{% endfor %}"
+LONG = "{% set a = 'a' * 1000000 %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(999) recursive %}{% if loop.depth < 3 %}{{ loop(range(999)) }}{% endif %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n-1) ~ m(n-1) }}{% endif %}{% endmacro %}{{ m(30) }}",
+        "{% set x %}{% for i in range(9999) %}" + "x" * 20_000 + "{% endfor %}{% endset %}",
+        "{{ 'a' * 10000000000 }}",
+        "{% set x = 10000000000 * [1] %}",
+        "{{ 'a' | indent(10000000000, true) }}",
+        "{{ range(10000) | join('a' * 10000) }}",
+        "{{ ('a' * 10000).replace('a', 'a' * 10000) }}",
+        "{{ (['a' * 1000] * 900) | map('replace', 'a', 'b' * 1000) | list }}",
+        DEEP + "{{ n.x | tojson(indent=16) }}",
+        LONG + "{{ a.strip(a) }}",
+        LONG + "{% for i in range(9999) %}{% if a == a %}{% endif %}{% endfor %}",
+        LONG + "{% set x = " + "~".join("a" * 999) + " %}",
+        *(GROW.replace("GROWN", x) for x in ("n.x + n.x", "n.x ~ n.x", "[n.x, n.x]", "dict(a=n.x, b=n.x)")),
+        "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    ],
+)
+def test_a_template_that_makes_too_much_is_stopped(templated, monkeypatch, template):
+    monkeypatch.setattr(chat, "_MAX_WORK", 10_000_000)  # a tenth, to be quick
+    with pytest.raises(ValueError, match="refuses these messages: it makes more than (5|10),000,000 characters"):
+        encode_chat(replace(templated, chat_template=template), DIALOG)
+
+
+def test_namespaces_that_hold_each_other_are_not_written_out(templated):
+    ids = encode_chat(replace(templated, chat_template=GROW.replace("GROWN", "namespace(a=n.x, b=n.x)")), DIALOG)
+    assert len(templated.decode(ids)) < 100
+
+
+def test_a_template_that_is_slow_in_other_ways_is_stopped(templated, monkeypatch):
+    monkeypatch.setattr(chat, "_MAX_SECONDS", -1.0)
+    with pytest.raises(ValueError, match="takes longer than -1.0 seconds"):
+        encode_chat(templated, DIALOG)
+
+
+def test_the_length_of_template_and_dialog_is_limited(templated):
+    with pytest.raises(ValueError, match="has 50,001 characters; at most 50,000 are read"):
+        encode_chat(replace(templated, chat_template="a" * 50_001), DIALOG)
+    with pytest.raises(ValueError, match="makes more than 5,000,000 characters"):
+        encode_chat(replace(templated, chat_template="{{ 'a' * 3000000 }}" * 2), DIALOG)
+
+
+def test_a_dialog_that_fills_131072_tokens_takes_a_tenth_of_the_limit(templated, monkeypatch):
+    monkeypatch.setattr(chat, "_MAX_WORK", chat._MAX_WORK // 10)
+    turns = [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "word " * 200}] * 300
+    assert len(encode_chat(templated, turns)) > 600_000  # a token a character
 
 
 def test_meta_format_is_as_documented(native, parse):
