@@ -194,11 +194,13 @@ class Llama(nnx.Module):
         self.final_norm = RMSNorm(cfg, rules)
         self.head = None if cfg.tie_embeddings else token_table(rngs, cfg, rules, ("vocab", "embed"))
 
+    @jax.jit
     def __call__(self, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
         """Logits float32 [B, T, V] of tokens int32 [B, T] with the true vocabulary.
 
         positions int32 [B, T] default to 0, 1, 2, ...; with segment_ids int32 [B, T] a token sees
         only those of its own segment. Any B and T: they are padded here to what the mesh divides.
+        Compiled once for each shape.
         """
         batch, length = tokens.shape
         tokens, positions, segment_ids = self._padded(tokens, positions, segment_ids)
