@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llama_jax import chat
+import llama_jax.template
 from llama_jax.chat import encode_chat
 from llama_jax.tokenizer import load_tokenizer
 
@@ -269,7 +269,7 @@ LONG = "{% set a = 'a' * 1000000 %}"
     ],
 )
 def test_a_template_that_makes_too_much_is_stopped(templated, monkeypatch, template):
-    monkeypatch.setattr(chat, "_MAX_WORK", 10_000_000)  # a tenth, to be quick
+    monkeypatch.setattr(llama_jax.template, "_MAX_WORK", 10_000_000)  # a tenth, to be quick
     with pytest.raises(ValueError, match="refuses these messages: it makes more than (5|10),000,000 characters"):
         encode_chat(replace(templated, chat_template=template), DIALOG)
 
@@ -280,7 +280,7 @@ def test_namespaces_that_hold_each_other_are_not_written_out(templated):
 
 
 def test_a_template_that_is_slow_in_other_ways_is_stopped(templated, monkeypatch):
-    monkeypatch.setattr(chat, "_MAX_SECONDS", -1.0)
+    monkeypatch.setattr(llama_jax.template, "_MAX_SECONDS", -1.0)
     with pytest.raises(ValueError, match="takes longer than -1.0 seconds"):
         encode_chat(templated, DIALOG)
 
@@ -293,7 +293,7 @@ def test_the_length_of_template_and_dialog_is_limited(templated):
 
 
 def test_a_dialog_that_fills_131072_tokens_takes_a_tenth_of_the_limit(templated, monkeypatch):
-    monkeypatch.setattr(chat, "_MAX_WORK", chat._MAX_WORK // 10)
+    monkeypatch.setattr(llama_jax.template, "_MAX_WORK", llama_jax.template._MAX_WORK // 10)
     turns = [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "word " * 200}] * 300
     assert len(encode_chat(templated, turns)) > 600_000  # a token a character
 
