@@ -1,7 +1,5 @@
 """Hub ids against a hub in this process: what is fetched, what is said, and what is refused before it is fetched."""
 
-import hashlib
-import http.server
 import json
 import os
 import re
@@ -11,7 +9,6 @@ import sys
 import threading
 from collections import namedtuple
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
@@ -20,6 +17,7 @@ from huggingface_hub import constants
 from llama_jax.checkpoint.formats import find_checkpoint
 from llama_jax.checkpoint.hf import write_config
 from llama_jax.checkpoint.hub import download
+from tests.fake_hub import FakeHub
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -37,86 +35,6 @@ def repository(tmp_path: Path) -> dict[str, bytes]:
     files["config.json"] = (tmp_path / "config.json").read_bytes()
     files[INDEX] = json.dumps({"weight_map": dict(enumerate(SHARDS))}).encode()
     return files
-
-
-class FakeHub(http.server.ThreadingHTTPServer):
-    """What huggingface_hub asks of the hub, for one repository, with its failures."""
-
-    daemon_threads = True
-
-    def __init__(self, files: dict[str, bytes]):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.name, self.sha, self.revisions = files, "org/name", "1" * 40, {"main", "v1"}
-        self.refuse: dict[str, tuple[int, str]] = {}  # beginning of a path: status and error code
-        self.cut: set[str] = set()  # files whose first answer breaks off in the middle
-        self.fetched: list[tuple[str, str | None]] = []  # files and ranges
-        self.token = None
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def served(self) -> list[str]:
-        return sorted(name for name, _ in self.fetched)
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: FakeHub
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        hub, path = self.server, unquote(urlsplit(self.path).path)
-        hub.token = self.headers.get("authorization")
-        for start, (status, code) in hub.refuse.items():
-            if path.startswith(start):
-                return self.answer(status, {"X-Error-Code": code})
-        if match := re.fullmatch(f"/api/models/{hub.name}(?:/(?:revision|tree)/(?P<revision>.*))?", path):
-            if (match["revision"] or "main") not in {*hub.revisions, hub.sha}:
-                return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-            return self.answer(200, {}, json.dumps(self.tree() if "/tree/" in path else self.info()).encode())
-        name = path.removeprefix(f"/{hub.name}/resolve/{hub.sha}/")
-        if name not in hub.files:
-            return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        data = hub.files[name]
-        self.answer(200, {"X-Repo-Commit": hub.sha, "ETag": f'"{etag(name, data)}"', "Accept-Ranges": "bytes"}, data)
-
-    do_GET = do_HEAD
-
-    def info(self) -> dict:
-        files = [{"rfilename": f["path"], "size": f["size"], "blobId": f["oid"], "lfs": f["lfs"]} for f in self.tree()]
-        return {"id": self.server.name, "sha": self.server.sha, "siblings": files}
-
-    def tree(self) -> list[dict]:
-        files = []
-        for name, data in self.server.files.items():
-            lfs = {"oid": etag(name, data), "sha256": etag(name, data), "size": len(data), "pointerSize": 134}
-            entry = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            files.append(entry | {"lfs": lfs if name.endswith(".safetensors") else None})
-        return files
-
-    def answer(self, status: int, headers: dict[str, str], data: bytes = b""):
-        name, sent = self.path.rpartition("/")[2], data
-        if self.command == "GET" and "/resolve/" in self.path:
-            asked = self.headers.get("range")
-            self.server.fetched.append((name, asked))
-            if asked:
-                start = int(asked.removeprefix("bytes=").rstrip("-"))
-                status, sent = 206, data[start:]
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(sent))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            if name in self.server.cut:
-                self.server.cut.remove(name)
-                sent, self.close_connection = sent[: len(sent) // 2], True
-            self.wfile.write(sent)
-
-
-def etag(name: str, data: bytes) -> str:
-    """The hash of git's large files, and of its others."""
-    return (hashlib.sha256 if name.endswith(".safetensors") else hashlib.sha1)(data).hexdigest()
 
 
 @pytest.fixture

@@ -45,7 +45,9 @@ def download(hub_id: str) -> Path:
     wanted = [file for file in files if _is_wanted(file)] + _weight_files(snapshot)
     if absent := [file for file in wanted if file not in files]:
         raise ValueError(f"{hub_id} lacks {', '.join(absent)}, which its {_INDEX} names")
-    _check_room(hub_id, [files[file] for file in wanted], snapshot)
+    missing = _check_room(hub_id, [files[file] for file in wanted], snapshot)
+    if not missing or not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
     with _one_line(hub_id):
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
 
@@ -110,8 +112,8 @@ def _weight_files(snapshot: Path) -> list[str]:
         raise ValueError(f"{index}: a JSON object with a weight_map of file names was expected: {error!r}") from None
 
 
-def _check_room(hub_id: str, files: list[Any], snapshot: Path) -> None:
-    """Says what will be fetched, if anything. Raises OSError if the disk of the cache has too little room."""
+def _check_room(hub_id: str, files: list[Any], snapshot: Path) -> int:
+    """Says what will be fetched, and returns its bytes. Raises OSError if the cache's disk has too little room."""
     blobs = snapshot.parents[1] / "blobs"  # what another revision has is there under its hash
     missing = [
         file.size or 0
@@ -128,6 +130,7 @@ def _check_room(hub_id: str, files: list[Any], snapshot: Path) -> None:
     if missing:
         total = _gigabytes(sum(file.size or 0 for file in files))
         print(f"downloading {hub_id}: {_gigabytes(sum(missing))} of {total} to {snapshot}", file=sys.stderr)
+    return sum(missing)
 
 
 def _gigabytes(num_bytes: int) -> str:
