@@ -5,7 +5,6 @@ are never touched, so HF -> any -> HF is equal to the bit unless --dtype asks fo
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +42,8 @@ class _CountedSource:
 def convert(src: str, dst: str, *, to: "Format", dtype: str | None = None, num_shards: int = 1, **opening) -> None:
     """Write the checkpoint src as format `to` into the directory dst, with what lies beside the weights.
 
-    dst appears whole or not at all. opening: overrides and allow_unknown_config of open_checkpoint.
+    dst appears whole or not at all; in an object store the file that makes it a checkpoint comes last.
+    opening: overrides and allow_unknown_config of open_checkpoint.
     Raises ValueError if src is not sound or the format cannot carry its config.
     """
     # These import jax, which --help need not wait for.
@@ -62,13 +62,13 @@ def convert(src: str, dst: str, *, to: "Format", dtype: str | None = None, num_s
         staged_directory(dst) as staged,
         tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not sys.stderr.isatty()) as bar,
     ):
-        counted = _CountedSource(source, bar)
-        write_checkpoint(staged, checkpoint.cfg, counted, to=to, metadata=token_ids, num_shards=num_shards)
         copy_companions(checkpoint.companions, staged)
         if checkpoint.format == "meta":
             write_notice(staged, checkpoint.cfg)
         if to == "hf":
             complete_hf_directory(staged, checkpoint.cfg, {} if checkpoint.format == "hf" else token_ids)
+        counted = _CountedSource(source, bar)
+        write_checkpoint(staged, checkpoint.cfg, counted, to=to, metadata=token_ids, num_shards=num_shards)
 
 
 def _token_ids(directory: Path) -> dict[str, Any]:
@@ -85,13 +85,13 @@ def copy_companions(src: Path, dst: Path) -> None:
 
     for pattern in COMPANION_FILES:
         for file in src.glob(pattern):
-            shutil.copyfile(file, dst / file.name)
+            (dst / file.name).write_bytes(file.read_bytes())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m llama_jax.convert", description="Convert a checkpoint.")
-    parser.add_argument("src", metavar="SRC", help="directory, run directory or hub id")
+    parser.add_argument("src", metavar="SRC", help="directory (local, gs:// or s3://), run directory or hub id")
     parser.add_argument("dst", metavar="DST", help="directory to write; must not exist or be empty")
     parser.add_argument("--to", required=True, choices=("hf", "meta", "orbax"))
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the weights; default: keep them to the bit")

@@ -20,6 +20,8 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
+from llama_jax.paths import as_path
+
 # The 256 special tokens after the ranks, named as in the Llama 3.1 tokenizer.json.
 META_SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -141,13 +143,13 @@ class TextStream:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Reads a tokenizer from a local file or directory; its content, not its name, tells the kind.
+    """Reads a tokenizer from a file or directory, local or remote; its content, not its name, tells the kind.
 
     A directory is searched for tokenizer.json, tokenizer.model and original/tokenizer.model. Beside the file,
     tokenizer_config.json, special_tokens_map.json, generation_config.json and chat_template.jinja are read
     where they exist. Raises ValueError if there is no tokenizer or it cannot be read.
     """
-    file = _find(Path(path))
+    file = _find(as_path(path))
     data = file.read_bytes()
     config = _read_config(file.parent)
     if data[:64].lstrip().startswith(b"{"):

@@ -238,8 +238,8 @@ def test_paths_that_are_no_directory_are_refused(hf, tmp_path):
     for path in (tmp_path / "nothing", "nothing", "./nothing", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no checkpoint at .*"):
             llama_jax.load(path)
-    with pytest.raises(ValueError, match="remote paths are not supported"):
-        llama_jax.load("gs://bucket/model")
+    with pytest.raises(ValueError, match="expected a local path, gs://"):
+        llama_jax.load("az://bucket/model")
 
 
 def test_directories_without_weights_say_what_they_have(copied, tmp_path):

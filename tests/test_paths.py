@@ -1,11 +1,12 @@
 """Directories and files appear whole or not at all."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from llama_jax.paths import local_path, staged_directory, staged_file
+from llama_jax.paths import as_path, staged_directory, staged_file
 
 
 def test_staged_directory_appears_under_its_name_with_all_that_was_written(tmp_path):
@@ -85,12 +86,18 @@ def test_a_failure_keeps_the_old_file_and_no_partial_one(tmp_path):
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/x", "s3://bucket/x", Path("gs://bucket/x"), "file:///tmp/x"])
-def test_a_remote_path_is_refused(path):
-    with pytest.raises(ValueError, match="remote paths are not supported yet"):
-        local_path(path)
+@pytest.mark.parametrize("path", ["az://bucket/x", Path("hf://bucket/x"), "file:///tmp/x", "s3://"])
+def test_a_path_of_another_kind_is_refused(path):
+    with pytest.raises(ValueError, match="expected a local path, gs://bucket/... or s3://bucket/..."):
+        as_path(path)
+
+
+def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ValueError, match=r"gs://b/x needs gcsfs, .*: pip install 'llama_jax\[gs\]'"):
+        as_path("gs://b/x")
 
 
 def test_a_local_path_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert local_path("a/b") == tmp_path / "a" / "b"
+    assert as_path("a/b") == tmp_path / "a" / "b"

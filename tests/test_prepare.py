@@ -330,7 +330,7 @@ def test_the_command_prints_a_table_or_the_metadata(sources, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["missing.txt"], "No such file or directory: .*missing.txt"),
-        (["gs://bucket/a.txt"], "remote paths are not supported yet"),
+        (["az://bucket/a.txt"], "expected a local path"),
         (["--vocab-size=300"], "vocab_size=300 is below 512, 256 bytes and 256 special tokens"),
         (["--vocab-size=9999"], r"the text has pairs for vocab_size=\d+ only, not 9999"),
         (["--vocab-size=0"], "vocab_size=0 is below 512"),

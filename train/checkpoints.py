@@ -2,13 +2,13 @@
 
 A step is a directory runs/x/checkpoints/<step> of the project's own form (model.json and params/,
 so that every command can load it), with optimizer/ (Adam's mu and nu under canonical names) and
-state.json. It appears whole or not at all. Arrays are stored by canonical name and shape, so a run
+state.json. It appears whole or not at all: model.json is its last file, and a directory without it is
+what a killed process left in an object store. Arrays are stored by canonical name and shape, so a run
 can go on with another mesh or another layout in memory.
 """
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from llama_jax.checkpoint.formats import open_checkpoint, write_model_file
+from llama_jax.checkpoint.formats import MODEL_FILE, open_checkpoint, write_model_file
 from llama_jax.checkpoint.layout import ModelSource, check_tensors, read_model
 from llama_jax.checkpoint.orbax import OrbaxSource, save_arrays
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
-from llama_jax.paths import staged_directory
+from llama_jax.paths import remove_directory, staged_directory
 from train.optimizer import Optimizer, TrainState
 
 
@@ -43,9 +43,10 @@ class Progress:
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """The steps that a run directory holds, in order."""
+    """The steps that a run directory holds whole, in order."""
     folder = run_dir / "checkpoints"
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    return sorted(int(p.name) for p in found if (p / MODEL_FILE).exists())
 
 
 def read_progress(run_dir: Path, step: int) -> Progress:
@@ -63,11 +64,13 @@ def save_step(run_dir: Path, cfg: LlamaConfig, state: TrainState, progress: Prog
         raise ValueError("training over several processes is not built yet; start one process")
     moments = {name: optax.tree.get(state.opt_state, name) for name in ("mu", "nu")}
     path = run_dir / "checkpoints" / str(progress.step)
+    if progress.step not in saved_steps(run_dir):
+        remove_directory(path)
     with staged_directory(path) as staged:
-        write_model_file(staged, cfg, {})
         save_arrays(staged / "params", _arrays(state.params))
         save_arrays(staged / "optimizer", _arrays(moments["mu"], "mu.") | _arrays(moments["nu"], "nu."))
         (staged / "state.json").write_text(json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
+        write_model_file(staged, cfg, {})
     return path
 
 
@@ -81,7 +84,9 @@ def remove_old_steps(run_dir: Path, keep: int) -> None:
     steps = saved_steps(run_dir)
     for step in steps[: max(0, len(steps) - keep)]:
         if not read_progress(run_dir, step).stage_done:
-            shutil.rmtree(run_dir / "checkpoints" / str(step))
+            path = run_dir / "checkpoints" / str(step)
+            (path / MODEL_FILE).unlink()  # what is half removed is no checkpoint
+            remove_directory(path)
 
 
 def initial_state(cfg: LlamaConfig, optimizer: Optimizer, seed: int) -> TrainState:

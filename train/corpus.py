@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_jax.paths import local_path
+from llama_jax.paths import as_path
 
 # Linux distributions ship these apart from Python itself, so not every machine has them.
 _OPTIONAL = frozenset(
@@ -107,7 +107,7 @@ def files(paths: Iterable[str | Path]) -> Iterator[Document]:
     Raises ValueError naming the file (and line) that is not UTF-8 or not such JSON; OSError for a
     path that is no readable file.
     """
-    for path in map(local_path, paths):
+    for path in map(as_path, paths):
         if path.suffix == ".jsonl":
             yield from _json_lines(path)
             continue

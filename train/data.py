@@ -9,13 +9,14 @@ The one invariant: row i is a function of (data, seed, seq_len, min_document_tok
 integer is the whole state of a run's data, on any number of processes.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax.paths import local_path
+from llama_jax.paths import as_path, cache_directory, fetch_file, is_remote, make_directory, staged_file
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
@@ -42,7 +43,7 @@ def read_metadata(directory: str | Path) -> dict:
 
     Raises FileNotFoundError if there is none, ValueError if it is damaged or of another format.
     """
-    path = local_path(directory) / "metadata.json"
+    path = as_path(directory) / "metadata.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; prepare the data with python -m train.prepare --out {directory}"
@@ -58,7 +59,7 @@ def read_metadata(directory: str | Path) -> dict:
 
 
 class TokenDataset:
-    """One split of a prepared directory, memory-mapped.
+    """One split of a prepared directory, memory-mapped; of a remote one, a copy in the user's cache.
 
     tokens: uint16 or uint32 [num_tokens]. offsets: int64 [num_documents + 1]; document d is
     tokens[offsets[d]:offsets[d + 1]], with its <|begin_of_text|> and <|end_of_text|>.
@@ -81,7 +82,7 @@ class TokenDataset:
         counts = self.metadata["splits"][split]
         if not counts["documents"]:
             raise ValueError(f"the {split} split of {directory} is empty; prepare it with more documents")
-        stem = local_path(directory) / split
+        stem = _on_disk(as_path(directory), split)
         self.tokens = _memory_map(stem.with_suffix(".tokens"), np.dtype(self.metadata["dtype"]), counts["tokens"])
         self.offsets = _memory_map(stem.with_suffix(".offsets"), np.dtype("int64"), counts["documents"] + 1)
         self.lengths = np.diff(self.offsets)
@@ -94,6 +95,21 @@ class TokenDataset:
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def _on_disk(directory: Path, split: str) -> Path:
+    """The split's files without their suffixes, those of an object store copied once: rows are too small to fetch."""
+    if not is_remote(directory):
+        return directory / split
+    content = hashlib.sha256((directory / "metadata.json").read_bytes()).hexdigest()[:16]
+    cached = cache_directory() / "data" / content / split
+    make_directory(cached.parent)
+    for suffix in (".tokens", ".offsets"):
+        source, copy = (directory / split).with_suffix(suffix), cached.with_suffix(suffix)
+        if not copy.exists():
+            with staged_file(copy) as staged:
+                fetch_file(source, staged)
+    return cached
 
 
 def _memory_map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:

@@ -6,24 +6,38 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llama_jax.paths import staged_file
+from llama_jax.paths import is_remote, staged_file
 
 
 class MetricsLog:
-    """Appends JSON lines to run_dir/metrics.jsonl and keeps the clock of the current stage."""
+    """Appends JSON lines to run_dir/metrics.jsonl and keeps the clock of the current stage.
+
+    An object store cannot append: there lines wait for `flush`, which comes before each checkpoint, so
+    that a run that is killed loses only those that going on would drop.
+    """
 
     def __init__(self, run_dir: Path, resumed_step: int):
         """Drops lines of a run that went past the step that it now resumes from."""
         self.path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_step]
-        with staged_file(self.path) as staged:
-            staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = [json.dumps(line) for line in read_metrics(run_dir) if line["step"] <= resumed_step]
+        self._write_all()
         self.restart_clock()
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        self._lines.append(json.dumps(values))
+        if not is_remote(self.path):
+            with self.path.open("a") as file:
+                file.write(self._lines[-1] + "\n")
+
+    def flush(self) -> None:
+        """Write the lines that an object store does not have yet, with all the others."""
+        if is_remote(self.path):
+            self._write_all()
+
+    def _write_all(self) -> None:
+        with staged_file(self.path) as staged:
+            staged.write_text("".join(line + "\n" for line in self._lines))
 
     def count(self, tokens: int) -> None:
         """Tokens that have been trained on since the clock was started."""

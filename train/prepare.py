@@ -22,7 +22,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from llama_jax.paths import local_path, staged_directory
+from llama_jax.paths import as_path, staged_directory
 from llama_jax.tokenizer import META_SPECIAL_TOKENS, META_WORDS, Tokenizer, load_tokenizer
 from train import corpus
 from train.data import FORMAT_VERSION, SPLITS, read_metadata
@@ -63,7 +63,7 @@ def prepare(
         raise ValueError("a given tokenizer has its own vocabulary; leave out vocab_size or the tokenizer")
     given = {}
     if tokenizer is not None:
-        given, vocab_size = _tokenizer_files(local_path(tokenizer)), load_tokenizer(tokenizer).vocab_size
+        given, vocab_size = _tokenizer_files(as_path(tokenizer)), load_tokenizer(tokenizer).vocab_size
     texts = corpus.read(sources)
     inputs = {
         "format_version": FORMAT_VERSION,
@@ -72,7 +72,7 @@ def prepare(
         "tokenizer": _files_hash(given) if given else "trained",
         "vocab_size": DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size,
     }
-    if (local_path(out) / "metadata.json").is_file():
+    if (as_path(out) / "metadata.json").is_file():
         return _existing(out, inputs)
     splits = {name: texts.split(name, holdout) for name in SPLITS}
     if not splits["train"]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from llama_jax.checkpoint.tokenizer_json import is_metas, write_tokenizer_config, write_tokenizer_json
 from llama_jax.config import PRESETS, LlamaConfig
+from llama_jax.paths import make_directory
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 # Files of a checkpoint that are not weights, fetched and carried along.
@@ -53,8 +54,9 @@ def complete_hf_directory(directory: Path, cfg: LlamaConfig, token_ids: Mapping[
     if model.exists() and is_metas(tokenizer):
         if not made.exists():
             write_tokenizer_json(directory, tokenizer)
-        (directory / "original").mkdir()
-        model.rename(directory / "original" / model.name)
+        make_directory(directory / "original")
+        (directory / "original" / model.name).write_bytes(model.read_bytes())
+        model.unlink()
     if made.exists() and not (directory / "tokenizer_config.json").exists():
         write_tokenizer_config(directory, tokenizer, cfg.max_seq_len)
     settings = {key: value for key, value in token_ids.items() if value is not None}

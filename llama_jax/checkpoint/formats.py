@@ -22,7 +22,7 @@ from llama_jax.checkpoint.names import canonical_shapes
 from llama_jax.checkpoint.safetensors import SafetensorsDirectory, write_sharded
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig, RopeConfig, set_field
-from llama_jax.paths import local_path
+from llama_jax.paths import as_path
 
 Format = Literal["hf", "meta", "orbax"]
 
@@ -105,24 +105,24 @@ def _open_source(form: Format, directory: Path, cfg: LlamaConfig) -> tuple[Sourc
 
 
 def find_checkpoint(path: str) -> Path:
-    """The local directory of weights that a checkpoint argument names; a hub id is downloaded."""
-    directory = local_path(path)
+    """The directory of weights that a checkpoint argument names; a hub id is downloaded."""
+    directory = as_path(path)
     if directory.is_dir():
         described = any((directory / name).exists() for name in _DESCRIPTIONS)
         return directory if described or not (directory / _STEPS).is_dir() else _find_step(directory)
     if directory.exists():
         raise ValueError(f"{path} is a file; a checkpoint is given as its directory")
     base, _, step = path.rpartition("@")
-    if base and local_path(base).is_dir():
-        return _find_step(local_path(base), step)
+    if base and as_path(base).is_dir():
+        return _find_step(as_path(base), step)
     if _HUB_ID.fullmatch(path):
         return download(path)
     raise FileNotFoundError(f"no checkpoint at {path}")
 
 
 def _find_step(run: Path, step: str | None = None) -> Path:
-    """The directory of a saved step, by default of the newest."""
-    found = [p.name for p in run.glob(f"{_STEPS}/*") if _STEP.fullmatch(p.name)]
+    """The directory of a saved step, by default of the newest; one without model.json was never finished."""
+    found = [p.name for p in run.glob(f"{_STEPS}/*") if _STEP.fullmatch(p.name) and (p / MODEL_FILE).exists()]
     saved = sorted(found, key=lambda name: int(name) if name.isdecimal() else -1)
     if not saved:
         raise FileNotFoundError(f"{run} holds no saved checkpoints")
@@ -171,22 +171,22 @@ def write_checkpoint(
     metadata: Mapping[str, Any] | None = None,
     num_shards: int = 1,
 ) -> None:
-    """Write the tensors of a config as a checkpoint into an empty directory, a tensor at a time.
+    """Write the tensors of a config as a checkpoint into a directory, a tensor at a time, its description last.
 
     source holds exactly the canonical tensors. num_shards is the number of consolidated.NN.pth
     files of the Meta form.
     """
     if to == "hf":
         dtype = source.tensors["model.embed_tokens.weight"].dtype.name
-        hf.write_config(directory, cfg, dtype=dtype, token_ids=metadata or {})
         write_sharded(directory, source.tensors, _read_all(source))
+        hf.write_config(directory, cfg, dtype=dtype, token_ids=metadata or {})
     elif to == "meta":
         meta.write_meta(directory, cfg, source, num_shards=num_shards)
     else:
         from llama_jax.checkpoint import orbax
 
-        write_model_file(directory, cfg, metadata or {})
         orbax.write_orbax(directory / "params", source.tensors, _read_all(source))
+        write_model_file(directory, cfg, metadata or {})
 
 
 def _read_all(source: Source) -> Iterator[tuple[str, np.ndarray]]:

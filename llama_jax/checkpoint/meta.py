@@ -22,6 +22,7 @@ from llama_jax.checkpoint.names import canonical_shapes
 from llama_jax.checkpoint.pth import PthFile, write_pth
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import PRESETS, LlamaConfig, RopeConfig, llama3_mlp_dim
+from llama_jax.paths import as_path, make_directory
 
 # Meta's name, the canonical name, the dimension that the shards split (None: each holds the whole).
 _TABLE = (
@@ -128,7 +129,7 @@ def read_params(
     equal to the embedding) and whether n_kv_heads counts copies (405B MP16: 16 heads in 16 shards,
     neighbours equal). Raises ValueError, FileNotFoundError if files are missing.
     """
-    params = _load_params(Path(directory) / "params.json")
+    params = _load_params(as_path(directory) / "params.json")
     shards = _open_shards(directory)
     stored = shards[0].tensors
     embedding = stored.get(_EMBEDDING)
@@ -222,12 +223,13 @@ def _head_rows(num_heads: int, head_dim: int, *, rotary: bool, copies: int = 1) 
 
 def _open_shards(directory: str | os.PathLike) -> list[PthFile]:
     """consolidated.00.pth to the last. Raises FileNotFoundError naming the one that is missing."""
-    found = {path.name for path in Path(directory).glob("consolidated.*.pth")}
+    directory = as_path(directory)
+    found = {path.name for path in directory.glob("consolidated.*.pth")}
     names = [f"consolidated.{n:02d}.pth" for n in range(max(len(found), 1))]
     for name in names:
         if name not in found:
-            raise FileNotFoundError(f"{Path(directory) / name} is missing; shards that are there: {sorted(found)}")
-    return [PthFile(Path(directory) / name) for name in names]
+            raise FileNotFoundError(f"{directory / name} is missing; shards that are there: {sorted(found)}")
+    return [PthFile(directory / name) for name in names]
 
 
 class MetaSource:
@@ -342,8 +344,8 @@ def write_meta(directory: str | os.PathLike, cfg: LlamaConfig, source: Source, *
     for name, entry in layout.items():
         if source.tensors[name].shape != entry.shape:
             raise ValueError(f"tensor {name!r} has shape {source.tensors[name].shape}, expected {entry.shape}")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = as_path(directory)
+    make_directory(directory)
     specs = {
         entry.name: TensorSpec(entry.shard_shape(num_shards), source.tensors[name].dtype)
         for name, entry in layout.items()

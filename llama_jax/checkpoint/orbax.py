@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ import tensorstore as ts
 
 from llama_jax.checkpoint.safetensors import expect_end, next_tensor
 from llama_jax.checkpoint.source import TensorSpec
-from llama_jax.paths import local_path, vacant_directory
+from llama_jax.paths import as_path, is_remote, kvstore_spec, remove_directory, vacant_directory
 
 _CHUNK_BYTES = 4 * 2**20  # a slice reads whole chunks, so small ones leave little to be read twice
 _CHUNKS_IN_FLIGHT = 64
+_OBJECT_BYTES = 2**28  # of a data file in an object store, which is sent in one piece out of memory
 _CACHE_BYTES = 2**29  # decoded chunks that the next slice may need too, and the tree's nodes
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")  # Orbax's names for what tensorstore holds
 
@@ -38,11 +38,11 @@ class OrbaxSource:
     """
 
     def __init__(self, directory: str | os.PathLike, prefix: str = ""):
-        self.directory = local_path(directory)
+        self.directory = as_path(directory)
         metadata, names = _read_metadata(self.directory)
         kvstore = {
             "driver": "ocdbt",
-            "base": {"driver": "file", "path": f"{self.directory}/"},
+            "base": _directory_spec(self.directory),
         }
         spec = {
             "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
@@ -96,14 +96,21 @@ def write_orbax(
         (jax.ShapeDtypeStruct, _StreamHandler(specs, iter(tensors))), (jax.Array, types.get_type_handler(jax.Array))
     )
     leaves = {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in specs.items()}
-    _save(directory, leaves, ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry))
+    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
+    if _is_s3(directory):
+        handler.finalize = lambda directory: None  # there is nothing to merge
+    _save(directory, leaves, handler)
 
 
 def save_arrays(directory: str | os.PathLike, arrays: Mapping[str, jax.Array]):
     """Writes arrays, each process the shards that it holds; every process calls this.
 
-    The directory must be absent or empty and appears when it is complete. Raises FileExistsError.
+    The directory must be absent or empty and appears when it is complete. Raises FileExistsError, and
+    ValueError for s3 from several processes, because Orbax does not write there.
     """
+    if _is_s3(directory):
+        specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
+        return write_orbax(directory, specs, ((name, np.asarray(array)) for name, array in arrays.items()))
     _save(directory, dict(arrays), ocp.PyTreeCheckpointHandler())
 
 
@@ -115,13 +122,16 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         self._specs, self._stream = specs, stream
 
     async def serialize(self, values, infos, args=None):
-        """Called once for all leaves. Orbax merges what it finds under its processes' names."""
+        """Called once for all leaves. Orbax merges what it finds under its processes' names, but not in s3."""
         del values, args
+        directory = infos[0].parent_dir
         kvstore = {
             "driver": "ocdbt",
-            "base": {"driver": "file", "path": f"{infos[0].parent_dir}/ocdbt.process_0/"},
+            "base": _directory_spec(directory if _is_s3(directory) else directory / "ocdbt.process_0"),
             "config": {"max_inline_value_bytes": 1024},  # array descriptions lie within the tree's nodes
         }
+        if is_remote(directory):
+            kvstore["target_data_file_size"] = _OBJECT_BYTES
         context = ts.Context()
         for name, spec in self._specs.items():
             tensor = next_tensor(self._stream, name, spec)
@@ -173,16 +183,30 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
 
 
 def _save(directory: str | os.PathLike, tree: Mapping[str, Any], handler: ocp.PyTreeCheckpointHandler):
-    """Saves under Orbax's own staging and removes what a failure would leave of it."""
+    """Saves under Orbax's own staging, in an object store in place, and removes what a failure would leave of it."""
     directory = vacant_directory(directory)
-    with contextlib.suppress(FileNotFoundError):
+    staging, staged = None, directory.with_name(directory.name + ocp.utils.TMP_DIR_SUFFIX)
+    if is_remote(directory):
+        staging, staged = ocp.path.atomicity.CommitFileTemporaryPath, directory
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         directory.rmdir()  # Orbax makes it itself
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, temporary_path_class=staging) as checkpointer:
             checkpointer.save(directory, args=ocp.args.PyTreeSave(tree))
     except BaseException:
-        shutil.rmtree(f"{directory}{ocp.utils.TMP_DIR_SUFFIX}", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_directory(staged)
         raise
+
+
+def _directory_spec(directory: str | os.PathLike) -> dict[str, Any]:
+    """Tensorstore's description of what lies below a directory."""
+    spec = kvstore_spec(directory)
+    return spec | {"path": f"{spec['path']}/"}
+
+
+def _is_s3(path: str | os.PathLike) -> bool:
+    return kvstore_spec(as_path(path))["driver"] == "s3"
 
 
 def _first_words(error: ValueError) -> str:

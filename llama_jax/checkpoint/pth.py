@@ -20,7 +20,9 @@ from typing import BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.checkpoint.ranges import RemoteArray, RemoteFile
 from llama_jax.checkpoint.source import TensorSpec
+from llama_jax.paths import as_path, is_remote, open_file, staged_file
 
 # The dtype of a tensor is said by the class of its storage or, for dtypes that came later, by itself.
 _DTYPES = {
@@ -93,29 +95,40 @@ class _Unpickler(pickle.Unpickler):
 
 
 class PthFile:
-    """The tensors of one .pth file, a Source. Bytes are mapped and read when a slice is asked for."""
+    """The tensors of one .pth file, a Source. Bytes are read when a slice is asked for."""
 
     def __init__(self, path: str | os.PathLike):
         """Reads the zip directory and data.pkl. Raises ValueError naming the file and what is wrong."""
-        self.path = Path(path)
+        self.path = as_path(path)
         self._members, self._root, data_pkl = _read_zip(self.path)
         self._records = self._unpickle(data_pkl)
         self.tensors = {name: self._spec(name, record) for name, record in self._records.items()}
-        self._bytes = np.memmap(self.path, mode="r")
+        self._bytes = RemoteFile(self.path) if is_remote(self.path) else np.memmap(self.path, mode="r")
 
-    def view(self, name: str) -> np.ndarray:
-        """The tensor as a read-only array over the mapped file: indexing it reads what is indexed."""
+    def view(self, name: str) -> np.ndarray | RemoteArray:
+        """The tensor as a read-only array over the file: indexing it reads what is indexed."""
         if name not in self.tensors:
             raise ValueError(f"{self.path}: no tensor {name!r}")
         record, (shape, dtype) = self._records[name], self.tensors[name]
         member = self._members[self._member(record)]
-        header = self._bytes[member.header_offset :][:_HEADER_BYTES].tobytes().ljust(_HEADER_BYTES)
+        header = self._header(member.header_offset)
         name_bytes, extra_bytes = struct.unpack("<26xHH", header)  # the zip's directory does not say the second
         start = member.header_offset + _HEADER_BYTES + name_bytes + extra_bytes
-        if not header.startswith(_ZIP_MAGIC) or start + member.file_size > self._bytes.size:
+        short = isinstance(self._bytes, np.ndarray) and start + member.file_size > self._bytes.size
+        if short or not header.startswith(_ZIP_MAGIC):
             raise ValueError(f"{self.path}: tensor {name!r}: the file is truncated or damaged; fetch it again")
-        strides = [stride * dtype.itemsize for stride in record.strides]
-        return np.ndarray(shape, dtype, self._bytes.data, start + record.offset * dtype.itemsize, strides)
+        start += record.offset * dtype.itemsize
+        if isinstance(self._bytes, np.ndarray):
+            return np.ndarray(shape, dtype, self._bytes.data, start, [dtype.itemsize * s for s in record.strides])
+        if record.strides != _row_major(shape):
+            raise ValueError(f"{self.path}: tensor {name!r} is not stored row by row; copy the file to a disk")
+        return RemoteArray(self._bytes, start, shape, dtype)
+
+    def _header(self, offset: int) -> bytes:
+        stop = offset + _HEADER_BYTES
+        if isinstance(self._bytes, RemoteFile):
+            return self._bytes.read([(offset, stop)])[0]
+        return self._bytes[offset:stop].tobytes().ljust(_HEADER_BYTES)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """A copy of the tensor, or of its slice, in its stored dtype."""
@@ -164,13 +177,13 @@ class PthFile:
 
 def _read_zip(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str, bytes]:
     """The zip's members, the folder in it that holds everything, and data.pkl."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         if file.read(4) != _ZIP_MAGIC:
             raise ValueError(
                 f"{path}: not a zip, so not torch's or from before torch 1.6: torch.load it and torch.save it again"
             )
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
             members = {member.filename: member for member in archive.infolist()}
             pickles = [name for name in members if name.endswith("/data.pkl")]
             if len(pickles) != 1:
@@ -192,15 +205,15 @@ def write_pth(
 ) -> None:
     """Writes a file that torch.load reads (also weights_only=True, mmap=True), one tensor in memory at a time.
 
-    specs says what comes; tensors brings each once, in any order. shared: further names, each for the
-    storage of a tensor in specs. Raises ValueError naming the tensor that is missing, surplus, not as
-    its spec says, or of a dtype that torch's files do not hold.
+    It appears when it is complete. specs says what comes; tensors brings each once, in any order.
+    shared: further names, each for the storage of a tensor in specs. Raises ValueError naming the
+    tensor that is missing, surplus, not as its spec says, or of a dtype that torch's files do not hold.
     """
     keys = {name: str(i) for i, name in enumerate(specs)}
     entries = {name: (keys[name], spec) for name, spec in specs.items()}
     entries |= {name: entries[owner] for name, owner in (shared or {}).items()}
     data_pkl = _pickle_entries(entries)
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with staged_file(path) as staged, open(staged, "wb") as file, zipfile.ZipFile(file, "w") as archive:
         for name, content in (("data.pkl", data_pkl), ("byteorder", b"little"), ("version", b"3\n")):
             _write_member(file, archive, name, content)
         for name, array in tensors:
@@ -211,6 +224,10 @@ def write_pth(
             _write_member(file, archive, f"data/{keys.pop(name)}", _raw_bytes(array))
         if keys:
             raise ValueError(f"{path}: tensor {min(keys)!r} is in the specs and never came")
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _raw_bytes(array: np.ndarray) -> memoryview:
@@ -244,7 +261,7 @@ def _pickle_tensor(name: str, key: str, spec: TensorSpec) -> list[bytes]:
         rebuild, storage, dtype_argument = _REBUILD_UNTYPED, _UNTYPED_STORAGE, [_pickle_global(storage)]
         size *= spec.dtype.itemsize
     shape = tuple(map(int, spec.shape))
-    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    strides = _row_major(shape)
     reference = [*map(_pickle_plain, (key, "cpu", size)), pickle.TUPLE, pickle.BINPERSID]
     no_hooks = [_pickle_global("collections.OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE]
     return [

@@ -1,4 +1,4 @@
-"""Safetensors files: read in slices through a memory map, written one tensor at a time.
+"""Safetensors files: read in slices, on a disk through a memory map; written one tensor at a time.
 
 Format: eight bytes of little-endian header length, a JSON header, then the tensors back to back
 (github.com/huggingface/safetensors); several files are tied by Hugging Face's index. The one
@@ -18,8 +18,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llama_jax.checkpoint.ranges import RemoteArray, RemoteFile
 from llama_jax.checkpoint.source import TensorSpec
-from llama_jax.paths import local_path, staged_file
+from llama_jax.paths import as_path, is_remote, make_directory, open_file, staged_file
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -54,7 +55,8 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = local_path(path)
+        self.path = as_path(path)
+        self._remote = RemoteFile(self.path) if is_remote(self.path) else None
         header, data_start, self._size = _read_header(self.path)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.tensors: dict[str, TensorSpec] = {}
@@ -68,8 +70,10 @@ class SafetensorsFile:
         _check_extents(self.path, extents, self._size - data_start)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or its slice, as a read-only view of the file: bytes come in as they are used."""
+        """The tensor, or its slice: read-only, on a disk a view of the file whose bytes come in as they are used."""
         shape, dtype = self.tensors[name]
+        if self._remote:
+            return RemoteArray(self._remote, self._offsets[name], shape, dtype)[index or ()]
         tensor = np.ndarray(shape, dtype, buffer=self._map(), offset=self._offsets[name])
         return np.require(tensor[index or ...], requirements="A")  # an odd header length would leave it unaligned
 
@@ -93,7 +97,7 @@ class SafetensorsDirectory:
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self.directory = directory = local_path(directory)
+        self.directory = directory = as_path(directory)
         weight_map = _read_index(directory)
         self.tensors: dict[str, TensorSpec] = {}
         self._files: dict[str, SafetensorsFile] = {}
@@ -109,7 +113,7 @@ class SafetensorsDirectory:
                 raise ValueError(f"{directory / shard}: tensor {name!r} is not in it, though {_INDEX} says so")
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or its slice, as a read-only view of its shard."""
+        """The tensor, or its slice, read-only."""
         return self._files[name].read(name, index)
 
     def file_of(self, name: str) -> Path:
@@ -145,27 +149,30 @@ def write_sharded(
 ):
     """Writes Hugging Face's files into a directory: one model.safetensors, or shards and their index.
 
-    They appear together when all are complete, the index last. tensors as in write_safetensors. A
-    tensor larger than max_shard_bytes has a shard to itself. Raises FileExistsError if the directory
-    holds a model already, and ValueError as write_safetensors does.
+    They appear together when all are complete, the index last; in an object store each shard appears
+    by itself, and this disk holds one at a time. tensors as in write_safetensors. A tensor larger than
+    max_shard_bytes has a shard to itself. Raises FileExistsError if the directory holds a model
+    already, and ValueError as write_safetensors does.
     """
-    directory = local_path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = as_path(directory)
+    make_directory(directory)
     if old := sorted(directory.glob("model*.safetensors*")):
         raise FileExistsError(f"{directory} already holds {old[0].name}; remove it or choose another destination")
     shards = _split(specs, max_shard_bytes)
     count = len(shards)
     files = [_SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     stream = iter(tensors)
-    with contextlib.ExitStack() as stack:  # leaves in reverse: the index, entered first, is renamed last
+    with contextlib.ExitStack() as last, contextlib.ExitStack() as stack:
         if count > 1:
             weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
             index = {"metadata": {"total_size": sum(map(num_bytes, specs.values()))}, "weight_map": weight_map}
-            staged = stack.enter_context(staged_file(directory / _INDEX))
+            staged = last.enter_context(staged_file(directory / _INDEX))
             staged.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         for file, shard in zip(files, shards, strict=True):
             staged = stack.enter_context(staged_file(directory / file))
             _write(staged, shard, stream, {"format": "pt"})
+            if is_remote(directory):
+                stack.close()
         expect_end(stream)
 
 
@@ -196,8 +203,9 @@ def expect_end(stream: Iterator[tuple[str, np.ndarray]]):
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The parsed header, the offset of the data and the size of the file in bytes."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size >= 8 and length > _MAX_HEADER_BYTES:
             raise ValueError(f"{path}: a header of {length} bytes is absurd (a Git LFS pointer?); download it again")

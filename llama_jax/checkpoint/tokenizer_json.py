@@ -84,7 +84,7 @@ def write_tokenizer_json(directory: Path, tokenizer: Tokenizer) -> None:
         special_tokens=[(_BOS, tokenizer.special_tokens[_BOS])],
     )
     backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in META_SPECIAL_TOKENS])
-    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
 
 
 def _byte_letters() -> dict[int, str]:
