@@ -11,7 +11,6 @@ import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infer.conversation import Conversation, chat_notice, dialog
@@ -26,6 +25,7 @@ from infer.entry import (
     sampling_params,
 )
 from llama_jax.entry import say
+from llama_jax.paths import as_path
 
 if TYPE_CHECKING:
     from infer.engine import Engine
@@ -54,6 +54,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="prompts are messages; without one, a conversation")
     parser.add_argument("--system", metavar="S", help="the system message of --chat")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt and nothing else")
+    parser.add_argument(
+        "--plan", metavar="SLICE", help="compile for a slice, e.g. v5e:2x4, report and stop; C may be a preset's name"
+    )
     add_sampling_options(parser)
     add_model_options(parser)
     args = parser.parse_intermixed_args(argv, argparse.Namespace(max_new_tokens=None))
@@ -70,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do what the options say. Raises ValueError or OSError for what is wrong with them."""
+    if args.plan:
+        from infer.plan import print_plan
+
+        return print_plan(args)
     startup = Startup()
     from infer.engine import Engine
     from llama_jax.chat import encode_chat
@@ -122,7 +129,7 @@ def read_prompts(args: argparse.Namespace) -> list:
         return [_token_ids(args.prompt_tokens)]
     prompts = list(args.prompts)
     if args.prompt_file is not None:
-        prompts.append(_text(Path(args.prompt_file).read_bytes(), args.prompt_file))
+        prompts.append(_text(as_path(args.prompt_file).read_bytes(), args.prompt_file))
     if not prompts and _is_piped():
         prompts.append(_text(sys.stdin.buffer.read(), "standard input"))
     if "" in prompts:

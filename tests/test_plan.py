@@ -1,0 +1,203 @@
+"""Plans against runs on CPU devices, what their numbers follow from, and the commands that print them."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import infer.plan
+import train.plan
+from infer.engine import Engine
+from infer.generate import main as generate
+from llama_jax.mesh import use_mesh
+from llama_jax.plan import _refused, collective_seconds, plan
+from llama_jax.program import Collective
+from llama_jax.slices import CHIPS, parse_slice
+from tests.tiny import TINY
+from train.checkpoints import initial_state
+from train.config import DataConfig, PhaseConfig, RunConfig, StageConfig, TrainConfig
+from train.data import Batch
+from train.device import put_batch
+from train.loop import jit_step
+from train.optimizer import make_optimizer
+
+CPU8 = parse_slice("cpu:8")
+
+CONFIG = TrainConfig(
+    name="tiny",
+    model=dataclasses.replace(TINY, num_layers=2),
+    data=DataConfig("data/tiny"),
+    stage={"1": StageConfig((PhaseConfig(16, 6400),), 256, 1e-3, 1e-4)},
+    run=RunConfig(mesh="fsdp=4,tensor=2", compute_dtype="float32"),
+)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """The plan of the tiny stage on 8 CPU devices, with its report."""
+    (found,) = train.plan.plan_stage(CONFIG, "1", CPU8)
+    return found
+
+
+def test_a_planned_step_is_the_program_that_the_run_compiles(planned):
+    found, _ = planned
+    settings = CONFIG.stage["1"]
+    optimizer = make_optimizer(CONFIG.optimizer, settings)
+    with use_mesh(CONFIG.run.mesh):
+        state = initial_state(CONFIG.stage_model("1"), optimizer, 0)
+        ids = np.ones((16, 16), np.int32)
+        batch = put_batch(Batch(ids, ids, ids, ids, ids.astype(np.float32)), state.params.rules)
+        phase = settings.phases[0]
+        step = jit_step(CONFIG, "1", phase=phase, optimizer=optimizer, rules=state.params.rules)
+        lowered = step.lower(state, batch)
+        stats = lowered.compile().memory_analysis()
+        abstract = train.plan.abstract_state(CONFIG, "1", optimizer)
+        same, _ = train.plan.lower_phase(CONFIG, "1", phase, optimizer=optimizer, state=abstract)
+    assert same.as_text() == lowered.as_text()
+    assert stats is not None
+    assert found.hbm_arguments_bytes == stats.argument_size_in_bytes
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    assert found.hbm_temporaries_bytes == stats.temp_size_in_bytes + results
+
+
+def test_arguments_are_weights_twice_as_much_for_adam_with_its_counters_and_the_batch(planned):
+    found, _ = planned
+    counters = found.parts["optimizer"] - 2 * found.parts["weights"]
+    assert 0 <= counters <= 4 * 4
+    assert found.parts["batch"] == 5 * 4 * 256 // 4
+    assert found.hbm_arguments_bytes == sum(found.parts.values())
+
+
+def test_a_report_says_what_the_stage_stores_and_nothing_of_a_cpus_speed(planned):
+    found, report = planned
+    assert report["checkpoint_bytes"] == 3 * 4 * CONFIG.model.num_params()
+    assert report["stage_tokens"] == 6400
+    assert report["tokens_per_second"] is report["cost"] is report["estimated_step_seconds"] is None
+    assert found.model_flops_per_chip == pytest.approx(CONFIG.model.train_flops_per_token(16) * 256 / 8)
+    assert set(found.collectives) >= {"all-gather"}
+    assert report["advice"] is None
+    json.dumps(report)
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused_with_the_ways_out():
+    small = dataclasses.replace(CONFIG, stage={"1": StageConfig((PhaseConfig(16, 6400),), 32, 1e-3, 1e-4)})
+    with pytest.raises(ValueError, match="2 rows of 16 tokens cannot be split over"):
+        list(train.plan.plan_stage(small, "1", CPU8))
+
+
+def test_what_does_not_fit_is_said_with_what_takes_the_space_and_what_would_do(planned):
+    found, _ = planned
+    target = parse_slice("v5e:2x4")
+    full = dataclasses.replace(
+        found, hbm_capacity_bytes=100, chips=8, parts={"weights": 20 * 2**30, "optimizer": 20 * 2**30}
+    )
+    assert train.plan.advice(CONFIG, full, target).endswith("the smallest slice that holds them is v5e:4x8")
+    crowded = dataclasses.replace(full, parts={"weights": 8, "optimizer": 16}, hbm_temporaries_bytes=2**30)
+    assert train.plan.advice(CONFIG, crowded, target).startswith(
+        "temporaries are 1.00 GiB a chip; try run.loss_chunks=4"
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "peak"),
+    [
+        ("the total memory required for HLO temporaries (2.50G) exceeds available HBM (1.75G).", 2.5 * 2**30),
+        ("Ran out of memory in memory space hbm. Used 47.50G of 30.75G hbm.", 47.5 * 2**30),
+    ],
+)
+def test_a_compilers_refusal_says_how_much_is_needed(message, peak):
+    assert _refused(message, 100).peak == peak
+
+
+def test_a_refusal_that_says_nothing_is_passed_on():
+    with pytest.raises(ValueError, match="refuses the program: no"):
+        _refused("no", 0)
+
+
+def places(*coords):
+    return [SimpleNamespace(coords=place) for place in coords]
+
+
+@pytest.mark.parametrize(
+    ("slice_name", "members", "links"),
+    [
+        ("v4:4x4x4", places(*((x, 0, 0) for x in range(4))), 2),
+        ("v4:4x4x4", places(*((x, y, z) for x in range(4) for y in range(4) for z in range(4))), 6),
+        ("v4:4x4x4", places((0, 0, 0), (1, 0, 0)), 1),
+        ("v5e:4x4", places(*((x, 0, 0) for x in range(4))), 1),
+    ],
+)
+def test_a_collective_uses_the_links_along_which_its_members_lie(slice_name, members, links):
+    target, size = parse_slice(slice_name), 1e9
+    share = (len(members) - 1) / len(members)
+    seconds = collective_seconds(Collective("all-gather", (), False), size, members, target)
+    assert seconds == pytest.approx(size * share / (links * target.chip.link_bandwidth))
+    doubled = collective_seconds(Collective("all-reduce", (), False), size, members, target)
+    assert doubled == pytest.approx(2 * seconds)
+
+
+def test_a_plan_counts_the_programs_own_work():
+    with use_mesh("fsdp=1", jax.devices()[:1]):
+        x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+        found = plan(jax.jit(lambda x: x @ x.T).lower(x), parse_slice("cpu:1"), parts={"x": 8192})
+    assert found.matmul_flops_per_chip == 2 * 64 * 32 * 64
+    assert found.hbm_arguments_bytes == 8192
+    assert found.hbm_peak_bytes >= 8192 + 4 * 64 * 64
+    assert found.fits
+
+
+def test_generation_plans_the_engines_own_programs(monkeypatch):
+    lowered = []
+    monkeypatch.setattr(infer.plan, "plan", lambda *args, **known: lowered.append(args[0]) or plan(*args, **known))
+    found = infer.plan.plan_generation(
+        TINY, CPU8, mesh="tensor=2", dtype="float32", batch=2, prompt_tokens=24, context=32
+    )
+    assert found.weights_bytes == found.decode.parts["weights"]
+    assert found.cache_bytes == 2 * TINY.cache_bytes_per_token(4) * 32 // 2
+    assert (
+        found.decode_read_bytes == found.weights_bytes - 4 * TINY.vocab_size * TINY.embed_dim // 2 + found.cache_bytes
+    )
+    assert found.largest_context == TINY.max_seq_len
+    with use_mesh("tensor=2"):
+        model = jax.jit(lambda: infer.plan.Llama(TINY, rngs=infer.plan.nnx.Rngs(0), layout="layers"))()
+        engine = Engine(model, max_seq_len=32, steps_per_dispatch=1)
+        engine.generate([[1] * 24] * 2, infer.plan.SamplingParams(max_new_tokens=8))
+    run = [compiled.memory_analysis().temp_size_in_bytes for compiled in engine._compiled.values()]
+    assert run == [program.compile().memory_analysis().temp_size_in_bytes for program in lowered]
+
+
+def test_a_preset_is_planned_without_its_weights(capsys, monkeypatch):
+    monkeypatch.setitem(infer.plan.PRESETS, "tiny", TINY)
+    argv = ["--checkpoint", "tiny", "--plan", "cpu:2", "--max-seq-len", "32", "--max-new-tokens", "8", "--json"]
+    generate(argv)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["context"], found["dtype"], found["decode"]["mesh"]) == (32, "float32", "tensor=2")
+
+
+def test_several_slices_are_refused_until_a_mesh_can_span_them():
+    with pytest.raises(ValueError, match="several slices is not built yet"):
+        list(train.plan.plan_stage(CONFIG, "1", parse_slice("2xv4:4x4x4")))
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+def test_a_tpu_that_is_not_there_is_planned_quietly():
+    sets = ["model.num_layers=2", "model.embed_dim=256", "model.mlp_dim=512", "model.num_heads=2"]
+    sets += ["model.num_kv_heads=1", "model.head_dim=128", 'run.mesh="fsdp=-1"', "run.compute_dtype=bfloat16"]
+    command = [sys.executable, "-m", "train.pretrain", "--stage", "1", "--plan", "v4:2x2x1", "--json"]
+    command += [part for setting in sets for part in ("--set", setting)]
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    (report,) = map(json.loads, done.stdout.splitlines())
+    assert done.stderr.count("\n") == 1  # what is compiled
+    assert report["fits"]
+    assert report["hbm_capacity_bytes"] == CHIPS["v4"].hbm_bytes
+    assert 0 < report["estimated_mfu"] < 1
+    assert report["matmul_flops_per_chip"] + report["kernel_flops_per_chip"] > report["model_flops_per_chip"]

@@ -1,0 +1,190 @@
+"""Work read from the text of programs: written by hand, and a Llama compiled here against the closed formula."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from llama_jax.mesh import make_mesh
+from llama_jax.model import Llama
+from llama_jax.program import Collective, read_program
+from tests.tiny import TINY
+
+
+def module(*lines: str, before: str = "") -> str:
+    body = "\n".join(f"  {line}" for line in lines)
+    return f"HloModule m, is_scheduled=true\n\n{before}\nENTRY %main (a: f32[8]) -> f32[8] {{\n{body}\n}}\n"
+
+
+def loop(body: str, *, condition: str = "", config: str = "", start: str = "s32[] constant(0)") -> str:
+    """A module whose loop has this body."""
+    condition = (
+        condition or "%bound = s32[]{:T(128)} constant(12)\n  ROOT %lt = pred[] compare(%i, %bound), direction=LT"
+    )
+    before = (
+        f"%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {{\n  {body}\n}}\n\n"
+        "%condition (p: (s32[], f32[8])) -> pred[] {\n"
+        "  %p = (s32[]{:T(128)}, f32[8]{0}) parameter(0)\n"
+        f"  %i = s32[]{{:T(128)}} get-tuple-element(%p), index=0\n  {condition}\n}}\n"
+    )
+    return module(
+        f"%start = {start}",
+        "%x = f32[8]{0} parameter(0)",
+        "%t = (s32[], f32[8]{0}) tuple(%start, %x)",
+        f"%w = (s32[], f32[8]{{0}}) while(%t), condition=%condition, body=%body{config}",
+        before=before,
+    )
+
+
+DOT = (
+    "%a = f32[4,16,32]{2,1,0} parameter(0)\n"
+    "  %b = bf16[32,8]{1,0} parameter(1)\n"
+    "  %d = f32[4,16,8]{2,1,0} dot(%a, %b), lhs_contracting_dims={2}, rhs_contracting_dims={0}"
+)
+
+
+def test_a_product_is_two_flops_for_each_value_and_contracted_place():
+    assert read_program(module(*DOT.splitlines())).matmul_flops == 2 * 4 * 16 * 8 * 32
+
+
+@pytest.mark.parametrize(
+    ("options", "turns"),
+    [
+        ({}, 12),
+        ({"start": "s32[] constant(2)"}, 10),
+        ({"config": ', backend_config={"known_trip_count":{"n":"7"}}'}, 7),
+        ({"condition": "ROOT %done = pred[] compare(%i, %i), direction=GT"}, 1),
+    ],
+)
+def test_what_stands_in_a_loop_counts_as_often_as_it_runs_or_once_if_nobody_knows(options, turns):
+    assert read_program(loop(DOT, **options)).matmul_flops == turns * 2 * 4 * 16 * 8 * 32
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "result", "rest", "products"),
+    [
+        # A plain matrix product.
+        ("[64,32]", "[32,16]", "[64,16]", "dim_labels=bf_io->bf", 64 * 32 * 16),
+        # One with 8 x 4 heads, which a TPU writes as a padded window.
+        (
+            "[64,1,1,32]",
+            "[8,4,32,16]",
+            "[64,8,4,16]",
+            "window={size=8x4 pad=7_7x3_3 rhs_reversal=1x1}, dim_labels=b01f_01io->b01f",
+            64 * 8 * 4 * 32 * 16,
+        ),
+        # A batch of 8 products, which it writes as a spread window.
+        (
+            "[8,64,32]",
+            "[8,32,16]",
+            "[8,64,16]",
+            "window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf",
+            8 * 64 * 32 * 16,
+        ),
+    ],
+)
+def test_a_convolution_counts_products_with_values_and_none_with_padding(left, right, result, rest, products):
+    text = module(
+        f"%a = bf16{left} parameter(0)",
+        f"%b = bf16{right} parameter(1)",
+        f"%c = bf16{result} convolution(%a, %b), {rest}, metadata={{}}",
+    )
+    assert read_program(text).matmul_flops == 2 * products
+
+
+def test_cycles_copies_and_what_a_fusion_calls_are_summed():
+    before = f"%fused (p: f32[8]) -> f32[8] {{\n  {DOT}\n}}\n"
+    text = module(
+        "%x = f32[8]{0} parameter(0)",
+        '%f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"250"}',
+        '%c = f32[8,2]{1,0} copy(%f), backend_config={"window_config":{"estimated_cycles":"30"}}',
+        before=before,
+    )
+    program = read_program(text)
+    assert (program.cycles, program.copied_bytes, program.matmul_flops) == (280, 64, 2 * 4 * 16 * 8 * 32)
+
+
+@pytest.mark.parametrize(
+    ("line", "collective", "size"),
+    [
+        (
+            "bf16[64,8]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}, dimensions={0}",
+            Collective("all-gather", (0, 1), False),
+            1024,
+        ),
+        (
+            "f32[64]{0} all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add",
+            Collective("all-reduce", (0, 2, 4, 6), False),
+            256,
+        ),
+        (
+            "f32[16]{0} reduce-scatter(%x), replica_groups=[1,4]<=[4], dimensions={0}",
+            Collective("reduce-scatter", (0, 1, 2, 3), False),
+            256,
+        ),
+        (
+            "(f32[16]{0}, f32[64]{0}) all-gather-start(%x), replica_groups=mesh['a'=2,'b'=4] {'a'}",
+            Collective("all-gather", (0, 4), True),
+            256,
+        ),
+        (
+            "f32[16]{0} collective-permute(%x), source_target_pairs={{0,3},{3,0}}",
+            Collective("collective-permute", (0, 3), False),
+            64,
+        ),
+    ],
+)
+def test_a_collective_has_its_kind_its_first_group_and_the_whole_arrays_bytes(line, collective, size):
+    program = read_program(module("%x = f32[16]{0} parameter(0)", f"%g = {line}"))
+    assert program.collectives == {collective: size}
+
+
+def test_a_reduction_that_a_tpu_slices_at_once_is_a_reduce_scatter():
+    before = (
+        "%all-reduce-scatter.7 (x: bf16[64]) -> bf16[16] {\n  %x = bf16[64]{0} parameter(0)\n"
+        "  %r = bf16[64]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add\n}\n"
+    )
+    text = module(
+        "%x = bf16[64]{0} parameter(0)", "%f = bf16[16]{0} fusion(%x), calls=%all-reduce-scatter.7", before=before
+    )
+    assert read_program(text).collectives == {Collective("reduce-scatter", (0, 1, 2, 3), False): 128}
+
+
+def test_kernels_are_named_and_attention_counts_half_of_what_it_could_see():
+    queries, keys = "bf16[8,256,128]{2,1,0} parameter(0)", "bf16[2,256,128]{2,1,0} parameter(1)"
+    call = 'f32[8]{0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"'
+    text = loop(f"%q = {queries}\n  %k = {keys}\n  %splash_mha_dq_no_residuals.7 = {call}\n  %mine.1.2 = {call}")
+    program = read_program(text)
+    assert program.kernels == {"splash_mha_dq_no_residuals": 12, "mine": 12}
+    assert program.kernel_flops == 12 * 3 * 2 * 8 * 256 * 256 * 128 / 2
+
+
+def test_a_condition_counts_its_branches_by_their_share():
+    one = f"%one (p: f32[8]) -> f32[8] {{\n  {DOT}\n}}\n\n"
+    two = "%two (p: f32[8]) -> f32[8] {\n  %p = f32[8] parameter(0)\n}\n"
+    text = module(
+        "%i = s32[] parameter(0)",
+        "%c = f32[8]{0} conditional(%i, %i, %i), branch_computations={%one, %two}",
+        before=one + two,
+    )
+    assert read_program(text).matmul_flops == 4 * 16 * 8 * 32
+
+
+def test_text_that_is_no_module_is_refused():
+    with pytest.raises(ValueError, match="ENTRY"):
+        read_program("nothing")
+
+
+@pytest.mark.parametrize("spec", ["fsdp=1", "fsdp=2,tensor=2"])
+def test_a_compiled_llama_computes_what_the_closed_formula_says(spec):
+    # One tile of attention, whose half is not skipped, is a hundredth of so wide a model.
+    cfg = dataclasses.replace(TINY, embed_dim=256, mlp_dim=512, head_dim=16)
+    batch, length = 4, 8
+    with jax.set_mesh(mesh := make_mesh(spec, jax.devices()[: 1 if spec == "fsdp=1" else 4])):
+        model = jax.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0)))
+        tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        compiled = jax.jit(lambda model, tokens: model(tokens)).lower(model, tokens).compile()
+    expected = cfg.train_flops_per_token(length) / 3 * batch * length / mesh.size
+    assert read_program(compiled.as_text() or "").matmul_flops == pytest.approx(expected, rel=0.01)

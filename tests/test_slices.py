@@ -1,0 +1,92 @@
+"""Names of slices, those that do not exist, and what is known of their chips."""
+
+import math
+
+import jax
+import pytest
+
+from llama_jax.slices import CHIPS, Slice, open_slice, parse_slice, slice_shapes, smallest_slice, wraps
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "chips"),
+    [
+        ("v4:4x4x8", Slice("v4", (4, 4, 8)), 128),
+        ("v4:8x4x4", Slice("v4", (4, 4, 8)), 128),
+        ("v4:2x2x1", Slice("v4", (2, 2, 1)), 4),
+        ("v5e:4x4", Slice("v5e", (4, 4)), 16),
+        ("v4-256", Slice("v4", (4, 4, 8)), 128),
+        ("v4-4096", Slice("v4", (8, 16, 16)), 2048),
+        ("v5litepod-16", Slice("v5e", (4, 4)), 16),
+        ("v5p-128", Slice("v5p", (4, 4, 4)), 64),
+        ("v6e-8", Slice("v6e", (2, 4)), 8),
+        ("v6e-1", Slice("v6e", (1, 1)), 1),
+        ("2xv5p:8x8x8", Slice("v5p", (8, 8, 8), 2), 1024),
+        ("cpu:8", Slice("cpu", (8,)), 8),
+    ],
+)
+def test_a_slice_is_named_by_its_shape_or_as_the_vendor_does(text, expected, chips):
+    assert parse_slice(text) == expected
+    assert parse_slice(text).num_chips == chips
+    assert parse_slice(str(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v4:3x5x7", "there is no slice v4:3x5x7; the nearest is v4:4x4x8"),
+        ("v5e:3x3", "the nearest is v5e:2x4"),
+        ("v4-250", "the nearest is v4-256"),
+        ("v4:0x0x0", "the nearest is v4:1x1x1"),
+        ("v9:2x2", "unknown slice 'v9:2x2'; expected as v4:4x4x8"),
+        ("v4", "unknown slice 'v4'"),
+        ("", "unknown slice ''"),
+        ("2xcpu:8", "unknown slice"),
+        ("cpu:2x4", "CPU devices are one number"),
+        ("cpu:0", "CPU devices are one number"),
+        ("h100:8", "absent GPUs is not built yet"),
+    ],
+)
+def test_a_slice_that_does_not_exist_is_one_line_that_says_what_does(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_slice(text)
+
+
+@pytest.mark.parametrize("kind", ["v4", "v5p", "v5e", "v6e"])
+def test_every_shape_that_can_be_rented_can_be_named(kind):
+    shapes = slice_shapes(kind)
+    assert all(parse_slice(str(Slice(kind, shape))).shape == shape for shape in shapes)
+    assert max(map(math.prod, shapes)) == CHIPS[kind].most
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(15, "v5e:1x1"), (16, "v5e:2x2"), (250, "v5e:4x4"), (9000, "None")])
+def test_the_smallest_slice_that_holds_something(gib, expected):
+    assert str(smallest_slice("v5e", gib * 2**30)) == expected
+
+
+def test_whole_cubes_and_whole_pods_are_rings():
+    assert wraps((4, 4, 8)) == (True, True, True)
+    assert wraps((2, 2, 4)) == (False, False, False)
+    assert wraps((8, 16)) == (False, True, False)
+
+
+# In matrix units of 128 x 128; one of v6e's, 256 x 256, makes four.
+UNITS = {"v4": 8, "v5p": 8, "v5e": 4, "v6e": 16}
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_peak_and_clock_make_whole_matrix_units(kind):
+    chip = CHIPS[kind]
+    assert chip.flops / chip.clock / (2 * 128 * 128) == pytest.approx(UNITS[kind], rel=3e-3)
+
+
+def test_a_cpu_slice_is_this_processs_devices():
+    assert open_slice(parse_slice("cpu:4")) == jax.devices()[:4]
+    with pytest.raises(ValueError, match="has 8 CPU devices open"):
+        open_slice(parse_slice("cpu:9"))
+
+
+def test_a_missing_compiler_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps libtpu"):
+        open_slice(parse_slice("v5e:2x2"))
