@@ -1,32 +1,31 @@
 """Attention of grouped queries over keys and values that are never repeated.
 
-The one place that picks a kernel by platform: tiles on CPUs (kernels/tiled.py), elsewhere still the
-reference, which XLA compiles everywhere. The invariant: a query sees a key if the key's position is
-not after its own and both belong to the same document. Positions and documents are data, so packed
-rows, right padding and any order of the sequence over the mesh need no other mask.
+The one place that picks a kernel by platform: tiles on CPUs (kernels/tiled.py), splash on TPUs
+(kernels/splash.py), elsewhere the reference in blocks. The invariant: a query sees a key if the key's
+position is not after its own and both belong to the same document. Positions and documents are data, so
+packed rows, right padding and any order of the sequence over the mesh need no other mask.
 
 Letters: B batch, T queries, S keys, K KV heads, G query heads per KV head, H head dimension, M = T * G.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
+from llama_jax.kernels import SAVED_NAME, Tokens, visible
 from llama_jax.kernels.tiled import tiled_attention
+from llama_jax.kernels.two_ended import places, plain
 
-_MAX_BLOCKS = 8
+# Of `blocked_attention`: groups of queries that skip keys, and queries that are scored at once.
+_MAX_GROUPS = 8
 _MIN_BLOCK = 128
-
-
-class Tokens(NamedTuple):
-    """Where each token of a batch stands: positions int32 [B, T] and, or None, segment_ids int32 [B, T]."""
-
-    positions: Array
-    segment_ids: Array | None
+_MAX_BLOCK = 512
 
 
 def attend(q: Array, k: Array, v: Array, *, queries: Tokens, keys: Tokens, out_sharding: PartitionSpec) -> Array:
@@ -59,11 +58,8 @@ def _attend_here(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, *,
     q = q.transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, length * num_groups, head_dim)
     scores = jnp.einsum("BKMH,BKSH->BKMS", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
     scores = scores.reshape(batch, num_kv_heads, length, num_groups, k.shape[2])
-    visible = keys.positions[:, None, :] <= queries.positions[:, :, None]
-    if queries.segment_ids is not None and keys.segment_ids is not None:
-        visible &= keys.segment_ids[:, None, :] == queries.segment_ids[:, :, None]
     # A finite floor: a row of padding that sees nothing then averages instead of giving NaN.
-    scores = jnp.where(visible[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(visible(queries, keys)[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
     highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     if merged_axes:
         highest = jax.lax.pmax(highest, merged_axes)
@@ -77,50 +73,85 @@ def _attend_here(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, *,
     return (out / total[..., None]).transpose(0, 2, 1, 3, 4).astype(v.dtype)
 
 
-def self_attend(q: Array, k: Array, v: Array, *, tokens: Tokens, out_sharding: PartitionSpec) -> Array:
-    """`attend` of a sequence over itself, in order; here k and v are [B, S, K, H], whole in S.
+def self_attend(q: Array, k: Array, v: Array, *, tokens: Tokens) -> Array:
+    """`attend` of a sequence over itself; here k and v are [B, T, K, H], whole in T.
 
-    The kernel is that of the mesh's platform. Where the mesh splits the queries, each device scores
-    its own in one piece.
+    Positions rise along each document of a row: what stands later is skipped unseen. Where the mesh
+    splits T, q, k, v and tokens are in two-ended order. The kernel is that of the mesh's platform.
     """
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    whole = out_sharding[1] is None
-    if whole and jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu":
-        return _tiled_self_attend(q, k, v, tokens)
-    if whole:
-        return _blocked_self_attend(q, k, v, tokens, out_sharding)
-    keys = jax.tree.map(lambda ids: reshard(ids, PartitionSpec(out_sharding[0], None)), tokens)
-    return attend(q, k, v, queries=tokens, keys=keys, out_sharding=out_sharding)
-
-
-def _tiled_self_attend(q: Array, k: Array, v: Array, tokens: Tokens) -> Array:
-    """`self_attend` on CPUs, on every device with what it holds."""
     q_split, kv_split = jax.typeof(q).sharding.spec, jax.typeof(k).sharding.spec
-    # Without check_vma, or every loop in the kernel would have to say what its first values vary over.
+    num_shards = 1 if q_split[1] is None else jax.sharding.get_abstract_mesh().shape[q_split[1]]
+    kernel = _kernel(jax.sharding.get_abstract_mesh().abstract_device.platform)
+    whole = PartitionSpec(q_split[0], None)
+
+    def attend_here(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens) -> Array:
+        shard = 0
+        if num_shards > 1:
+            shard = jax.lax.axis_index(q_split[1])
+            k, v, keys = jax.tree.map(lambda x: plain(x, num_shards), (k, v, keys))
+        return kernel(q, k.swapaxes(1, 2), v.swapaxes(1, 2), queries, keys, places(shard, num_shards, q.shape[1]))
+
+    # Without check_vma, or every loop in a kernel would have to say what its first values vary over.
     run = jax.shard_map(
-        lambda q, k, v, tokens: tiled_attention(q, k, v, *tokens),
-        in_specs=(q_split, kv_split, kv_split, PartitionSpec(q_split[0], None)),
+        attend_here,
+        in_specs=(q_split, kv_split, kv_split, PartitionSpec(*q_split[:2]), whole),
         out_specs=q_split,
         check_vma=False,
     )
-    return run(q, k, v, tokens)
+    return run(q, k, v, tokens, jax.tree.map(lambda ids: reshard(ids, whole), tokens))
 
 
-def _blocked_self_attend(q: Array, k: Array, v: Array, tokens: Tokens, out_sharding: PartitionSpec) -> Array:
-    """`self_attend` by XLA alone: a block of queries skips the keys after it, which halves work and memory."""
+def _kernel(platform: str) -> Callable[[Array, Array, Array, Tokens, Tokens, Array], Array]:
+    """What attends on one device: q [B, T, K, G, H], k and v [B, K, S, H], queries, keys, places int32 [T]."""
+    if platform == "cpu":
+        return tiled_attention
+    if platform == "tpu":
+        from llama_jax.kernels.splash import splash_attention  # Pallas takes a tenth of a second to import
+
+        return splash_attention
+    return blocked_attention
+
+
+def blocked_attention(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, places: Array) -> Array:
+    """The reference in blocks of queries, by XLA alone, where no kernel is built: on GPUs.
+
+    Takes and gives what `tiled_attention` does. Each of a few groups of queries skips the keys after the
+    last that any of them sees on any device. Its blocks run one after the other and are computed again
+    for the gradient, so that memory grows with S and not with T * S. cuDNN's kernel, which JAX can call,
+    takes no segment ids, and its packed form is wrong for grouped queries in jax 0.10.2.
+    """
+    del places  # shapes alone say the last that any device has
+    length, num_shards = q.shape[1], k.shape[2] // q.shape[1]
+    num_chunks = 1 if num_shards == 1 else 2
+    chunk, group = length // num_chunks, max(_MIN_BLOCK, -(-length // _MAX_GROUPS))
+    groups = []
+    for i in range(num_chunks):
+        before = (i + 1) * (num_shards - 1) * chunk  # tokens between those here, on the last device
+        for start in range(i * chunk, (i + 1) * chunk, group):
+            stop = min(start + group, (i + 1) * chunk)
+            seen = before + stop
+            q_group, query_group = _columns((q, queries), start, stop)
+            groups.append(_attend_group(q_group, query_group, k[:, :, :seen], v[:, :, :seen], _columns(keys, 0, seen)))
+    return checkpoint_name(jnp.concatenate(groups, axis=1), SAVED_NAME)
+
+
+def _attend_group(q: Array, queries: Tokens, k: Array, v: Array, keys: Tokens) -> Array:
+    """Queries over all of these keys, a block of at most _MAX_BLOCK at a time."""
     length = q.shape[1]
-    block = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
+    block = min(length, _MAX_BLOCK)
+
+    def blocks(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -length % block), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def attend_block(q, k, v, queries, keys):
-        return attend(q, k, v, queries=queries, keys=keys, out_sharding=out_sharding)
+    def attend_block(part: tuple[Array, Tokens]) -> Array:
+        return _attend_here(part[0], k, v, part[1], keys, merged_axes=())
 
-    def part(tokens: Tokens, start: int, stop: int) -> Tokens:
-        return jax.tree.map(lambda x: x[:, start:stop], tokens)
+    out = jnp.moveaxis(jax.lax.map(attend_block, jax.tree.map(blocks, (q, queries))), 0, 1)
+    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
 
-    blocks = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        queries, keys = part(tokens, start, stop), part(tokens, 0, stop)
-        blocks.append(attend_block(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], queries, keys))
-    return jnp.concatenate(blocks, axis=1)
+
+def _columns(tree: Any, start: int, stop: int) -> Any:
+    """The tokens from start to stop of arrays [B, T, ...]."""
+    return jax.tree.map(lambda x: x[:, start:stop], tree)

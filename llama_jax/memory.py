@@ -54,14 +54,14 @@ def generation_bytes(
 
     The allowance for temporaries: four float32 copies of a row's logits, which are whole on every
     device while a token is chosen, eight residual streams of the prompt, and the larger of three MLP
-    widths and, but on CPUs, the float32 scores of its longest block of queries (see
+    widths and, on GPUs, the float32 scores of its longest block of queries (see
     llama_jax/attention.py).
     """
     rules, size = sharding_rules(cfg), np.dtype(dtype).itemsize
     num_rows = _rounded(num_rows, rules.batch_multiple)
     length = _rounded(prompt_tokens, rules.sequence_multiple)
     num_slots = _rounded(max(num_tokens, length), rules.cache_multiple)
-    block = min(length, max(128, -(-length // 8)))
+    block = min(length, max(128, min(512, -(-length // 8))))
     heads = (num_rows, cfg.num_kv_heads, cfg.num_groups)
 
     def held(axes: tuple[str | None, ...], *shape: int) -> int:
@@ -69,7 +69,7 @@ def generation_bytes(
 
     logits = 4 * held(("batch", None), num_rows, cfg.vocab_size)
     device = get_abstract_mesh().abstract_device
-    in_tiles = device is not None and device.platform == "cpu"
+    in_tiles = device is not None and device.platform in ("cpu", "tpu")
     scores = 0 if in_tiles else held(("batch", "kv_heads", "q_groups", None, None), *heads, block, length)
     stream = 8 * held(("batch", "sequence", None), num_rows, length, cfg.embed_dim)
     mlp = 3 * held(("batch", "sequence", "mlp"), num_rows, length, cfg.mlp_dim)

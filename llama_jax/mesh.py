@@ -140,7 +140,8 @@ class ShardingRules:
 
     rules("batch", None, "mlp") -> PartitionSpec(("data", "fsdp"), None, ("tensor0",)). Axes of size
     one are left out, so that on one device every spec is trivial. vocab_multiple is what the rows
-    of the embedding and of the head are padded to.
+    of the embedding and of the head are padded to; sequence_multiple counts two chunks a device (see
+    kernels/two_ended.py).
     """
 
     batch: MeshAxes
@@ -204,7 +205,7 @@ def sharding_rules(cfg: LlamaConfig, mesh: Mesh | AbstractMesh | None = None) ->
         vocab_rows=embed,
         cache_sequence=sequence + q_groups,
         batch_multiple=count(batch),
-        sequence_multiple=count(sequence),
+        sequence_multiple=2 * count(sequence) if sequence else 1,
         cache_multiple=count(sequence + q_groups),
         vocab_multiple=math.lcm(count(embed), size),
     )

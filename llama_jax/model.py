@@ -19,10 +19,11 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec, reshard
 
-from llama_jax.attention import Tokens, attend, self_attend
+from llama_jax.attention import attend, self_attend
 from llama_jax.cache import LayerCache
 from llama_jax.config import LlamaConfig
-from llama_jax.kernels.tiled import SAVED_NAME
+from llama_jax.kernels import SAVED_NAME, Tokens
+from llama_jax.kernels.two_ended import plain_split, two_ended
 from llama_jax.mesh import ShardingRules, sharding_rules
 from llama_jax.quantize import einsum
 from llama_jax.rope import rope_angles, rotate
@@ -119,7 +120,7 @@ class Attention(nnx.Module):
             cache = cache.update(k, v, tokens.positions)
         if cache is None or alone:
             whole = self.rules("batch", None, "kv_heads", None)
-            out = self_attend(q, reshard(k, whole), reshard(v, whole), tokens=tokens, out_sharding=heads)
+            out = self_attend(q, reshard(k, whole), reshard(v, whole), tokens=tokens)
         else:
             k, v, keys = cache.read()
             # The mesh axes that split queries here split the cache's slots there: every device
@@ -199,8 +200,8 @@ class Llama(nnx.Module):
         """Logits float32 [B, T, V] of tokens int32 [B, T] with the true vocabulary.
 
         positions int32 [B, T] default to 0, 1, 2, ...; with segment_ids int32 [B, T] a token sees
-        only those of its own segment. Any B and T: they are padded here to what the mesh divides.
-        Compiled once for each shape.
+        only those of its own segment, in which positions must rise. Any B and T: they are padded
+        here to what the mesh divides. Compiled once for each shape.
         """
         batch, length = tokens.shape
         tokens, positions, segment_ids = self._padded(tokens, positions, segment_ids)
@@ -212,11 +213,13 @@ class Llama(nnx.Module):
     def hidden(
         self, tokens: Array, positions: Array, segment_ids: Array | None = None, *, remat: str = "none"
     ) -> Array:
-        """Normed output of the last layer [B, T, D]; B and T must be what the mesh divides."""
-        x = self.embed(tokens)
-        split = PartitionSpec(*jax.typeof(x).sharding.spec[:2])
-        where = jax.tree.map(lambda ids: reshard(ids, split), Tokens(positions, segment_ids))
-        angles = rope_angles(self.cfg.rope, self.cfg.head_dim, where.positions)
+        """Normed output of the last layer [B, T, D]. Raises ValueError for a T that the mesh does not divide."""
+        if tokens.shape[1] % self.rules.sequence_multiple:
+            raise ValueError(
+                f"a sequence of {tokens.shape[1]} tokens cannot be split in two ends over `context`; "
+                f"use a multiple of {self.rules.sequence_multiple}"
+            )
+        x, angles, where = self._enter(tokens, Tokens(positions, segment_ids))
 
         @functools.partial(jax.checkpoint, policy=REMAT_POLICIES[remat], prevent_cse=False)
         def run(x: Array, layer: Block) -> tuple[Array, None]:
@@ -227,7 +230,7 @@ class Llama(nnx.Module):
         else:
             for layer in self.layers:
                 x, _ = run(x, layer)
-        return self.final_norm(x)
+        return plain_split(self.final_norm(x))
 
     def extend(
         self, tokens: Array, positions: Array, caches: Sequence[LayerCache]
@@ -237,14 +240,23 @@ class Llama(nnx.Module):
         Prefill and decode alike. Returns the normed output [B, T, D] and the caches with the tokens
         stored.
         """
-        x = self.embed(tokens)
-        where = Tokens(reshard(positions, PartitionSpec(*jax.typeof(x).sharding.spec[:2])), None)
-        angles = rope_angles(self.cfg.rope, self.cfg.head_dim, where.positions)
+        x, angles, where = self._enter(tokens, Tokens(positions, None))
         extended = []
         for layer, cache in zip(self.blocks(), caches, strict=True):
             x, cache = layer(x, angles, where, cache)
             extended.append(cache)
-        return self.final_norm(x), tuple(extended)
+        return plain_split(self.final_norm(x)), tuple(extended)
+
+    def _enter(self, tokens: Array, where: Tokens) -> tuple[Array, tuple[Array, Array], Tokens]:
+        """Embedded tokens [B, T, D], their angles and where they stand; in two-ended order if T is split."""
+        rules = self.rules
+        if rules.sequence and tokens.shape[1] % rules.sequence_multiple == 0:
+            whole, num_shards = rules("batch", None), rules.sequence_multiple // 2
+            tokens, where = jax.tree.map(lambda ids: two_ended(reshard(ids, whole), num_shards), (tokens, where))
+        x = self.embed(tokens)
+        split = PartitionSpec(*jax.typeof(x).sharding.spec[:2])
+        where = jax.tree.map(lambda ids: reshard(ids, split), where)
+        return x, rope_angles(self.cfg.rope, self.cfg.head_dim, where.positions), where
 
     def blocks(self) -> list[Block]:
         """The layers one by one; slices, when they are stacked."""

@@ -1,12 +1,15 @@
 """Attention in tiles, and in blocks, against the reference `attend`: values and gradients."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from llama_jax.attention import Tokens, _blocked_self_attend, attend, self_attend
+from llama_jax import attention
+from llama_jax.attention import Tokens, attend, blocked_attention, self_attend
 from llama_jax.kernels.tiled import TILE
 from llama_jax.mesh import use_mesh
 
@@ -47,11 +50,12 @@ def both(function, q, k, v, tokens: Tokens):
 
 
 def tiled(q, k, v, tokens: Tokens):
-    return self_attend(q, k, v, tokens=tokens, out_sharding=UNSPLIT)
+    return self_attend(q, k, v, tokens=tokens)
 
 
 def blocked(q, k, v, tokens: Tokens):
-    return _blocked_self_attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), tokens, UNSPLIT)
+    with mock.patch.object(attention, "_kernel", lambda platform: blocked_attention):
+        return self_attend(q, k, v, tokens=tokens)
 
 
 @pytest.mark.parametrize("tokens", [in_order, documents])
@@ -70,7 +74,7 @@ def test_one_query_head_a_key_head_is_equal_too():
     with use_mesh("data=1"):
         q, k, v = sequence(TILE + 9, num_groups=1)
         np.testing.assert_allclose(
-            tiled(q, k, v, in_order(TILE + 9)), reference(q, k, v, in_order(TILE + 9)), atol=1e-5, rtol=0
+            jax.jit(tiled)(q, k, v, in_order(TILE + 9)), reference(q, k, v, in_order(TILE + 9)), atol=1e-5, rtol=0
         )
 
 
@@ -78,7 +82,7 @@ def test_bfloat16_is_computed_in_float32_and_returned_as_it_came():
     with use_mesh("data=1"):
         q, k, v = sequence(TILE + 1, dtype=jnp.bfloat16)
         tokens = in_order(TILE + 1)
-        out = tiled(q, k, v, tokens)
+        out = jax.jit(tiled)(q, k, v, tokens)
         exact = reference(*(x.astype(jnp.float32) for x in (q, k, v)), tokens)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out, exact.astype(jnp.bfloat16))
@@ -99,7 +103,7 @@ def test_a_split_over_batch_and_heads_changes_nothing():
 
         @jax.jit
         def run(q, k, v, tokens):
-            return self_attend(q, k, v, tokens=tokens, out_sharding=split)
+            return self_attend(q, k, v, tokens=tokens)
 
         out, pull = jax.vjp(lambda q, k, v: run(q, k, v, tokens), q, k, v)
         cotangent = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
