@@ -252,14 +252,14 @@ def test_a_shipped_config_is_found_by_its_name_from_anywhere(path, tmp_path, mon
     assert config.name == path.stem
     assert config == read_config(path.name) == read_config(str(path))
     for stage in config.stage:
-        assert config.stage_model(stage).max_seq_len == config.stage[stage].phases[-1].seq_len
+        assert config.stage_model(stage).max_seq_len >= config.stage[stage].phases[-1].seq_len
 
 
 def test_the_8b_config_is_the_recipe_of_the_report():
     config = read_config("llama3.1-8b")
     first, second = config.stage["1"], config.stage["2"]
     assert config.stage_model("1").num_params() == 8_030_261_248
-    assert [phase.seq_len for phase in first.phases] == [8192]
+    assert [phase.seq_len for phase in first.phases] == [4096, 8192, 8192]
     assert (first.rope_factor, second.rope_factor, config.model.rope.original_max_seq_len) == (1.0, 8.0, 8192)
     assert [phase.seq_len // 1024 for phase in second.phases] == [16, 32, 48, 64, 96, 128]
     assert sum(phase.tokens for phase in second.phases) == pytest.approx(800e9, rel=0.01)

@@ -114,10 +114,10 @@ def resumed_state(run_dir: Path, step: int, cfg: LlamaConfig, optimizer: Optimiz
     """Weights and optimizer state exactly as they were saved; the optimizer counts the stage's own steps."""
     directory = run_dir / "checkpoints" / str(step)
     state = state_from(directory, cfg, optimizer)
-    moments = {
-        name: read_model(cfg, OrbaxSource(directory / "optimizer", f"{name}."), dtype=jnp.dtype("float32"))
-        for name in ("mu", "nu")
-    }
+    moments = {}
+    for name in ("mu", "nu"):
+        fresh = jax.tree.leaves(optax.tree.get(state.opt_state, name))
+        moments[name] = read_model(cfg, OrbaxSource(directory / "optimizer", f"{name}."), dtype=fresh[0].dtype)
     count = jnp.asarray(read_progress(run_dir, step).phase_step, jnp.int32)
     opt_state = optax.tree.set(state.opt_state, count=count, **moments)
     # Adam and the schedule count for themselves: one array for both could not be donated.

@@ -6,10 +6,12 @@ names those that exist. `--set stage.2.learning_rate=1e-3` replaces a value befo
 
 import collections.abc
 import dataclasses
+import math
 import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +35,48 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay (arXiv 1711.05101) and clipping by the global gradient norm."""
+    """AdamW with decoupled weight decay (arXiv 1711.05101) or Muon (see train/muon.py), and what guards them.
 
+    moment_dtype: how the moments are stored; they are computed in float32. z_loss: weight of the
+    squared log-normalizer in the objective (arXiv 2204.02311, section 5), which keeps logits small.
+
+    A step whose loss or gradient norm is not finite or above max_loss or max_grad_norm changes no
+    weight. on_spike says what follows: "skip" goes on, "rollback" returns to the newest checkpoint
+    and goes on behind the data read so far; more than max_skipped such steps in a row are an error.
+    """
+
+    name: str = "adamw"
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moment_dtype: str = "float32"
+    z_loss: float = 0.0
+    max_loss: float = math.inf
+    max_grad_norm: float = math.inf
+    on_spike: str = "skip"
+    max_skipped: int = 3
+
+    def __post_init__(self):
+        """Raises ValueError for a name that does not exist."""
+        _check_choice("name", self.name, "adamw", "muon")
+        _check_choice("moment_dtype", self.moment_dtype, "float32", "bfloat16")
+        _check_choice("on_spike", self.on_spike, "skip", "rollback")
 
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """Part of a stage at one context length.
+    """Part of a stage at one context length and batch size.
 
-    seq_len: tokens a row. tokens: how many are trained on. min_document_tokens: shorter documents
-    are left out, because a token can only learn to look as far back as its document reaches.
+    seq_len: tokens a row. tokens: how many are trained on. batch_tokens: tokens a batch; the stage
+    fills in its own for 0. min_document_tokens: shorter documents are left out, because a token can only learn to
+    look as far back as its document reaches.
     """
 
     seq_len: int
     tokens: int
+    batch_tokens: int = 0
     min_document_tokens: int = 0
 
     def __post_init__(self):
@@ -64,43 +89,81 @@ class PhaseConfig:
 class StageConfig:
     """One stage: phases one after the other under one learning-rate schedule.
 
-    The rate rises linearly for warmup_steps to learning_rate and falls along a cosine to
-    final_learning_rate at the stage's last step. rope_factor is the Llama 3.1 RoPE scaling that
-    the stage trains with.
+    The rate rises linearly for warmup_steps to learning_rate and falls, along a "cosine" or in a
+    "linear" line, to final_learning_rate at step decay_steps, 0 for the stage's last. rope_factor is
+    the Llama 3.1 RoPE scaling that the stage trains with, mesh its mesh, "" for run.mesh.
     """
 
     phases: tuple[PhaseConfig, ...]
     batch_tokens: int
     learning_rate: float
     final_learning_rate: float
+    schedule: str = "cosine"
     warmup_steps: int = 0
+    decay_steps: int = 0
     rope_factor: float = 1.0
+    mesh: str = ""
 
     def __post_init__(self):
-        """Raises ValueError if a batch does not hold whole rows."""
-        for phase in self.phases:
-            if self.batch_tokens % phase.seq_len:
-                raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={phase.seq_len}")
+        """Raises ValueError for no phase, a batch that does not hold whole rows, or rates that cannot be."""
+        _check_choice("schedule", self.schedule, "cosine", "linear")
+        if not self.phases:
+            raise ValueError("phases is empty; a stage trains in at least one")
+        phases = [dataclasses.replace(p, batch_tokens=p.batch_tokens or self.batch_tokens) for p in self.phases]
+        object.__setattr__(self, "phases", tuple(phases))
+        for phase in phases:
+            if phase.batch_tokens < 1 or phase.batch_tokens % phase.seq_len:
+                raise ValueError(f"batch_tokens={phase.batch_tokens} is not a multiple of seq_len={phase.seq_len}")
+        if not 0 <= self.final_learning_rate <= self.learning_rate or self.learning_rate == 0:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} must be positive and final_learning_rate="
+                f"{self.final_learning_rate} between 0 and it"
+            )
+        if self.warmup_steps < 0 or self.decay_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} count from 0")
+
+    def phase_rows(self, phase: PhaseConfig) -> int:
+        """Rows of a batch in this phase."""
+        return phase.batch_tokens // phase.seq_len
 
     def phase_steps(self) -> list[int]:
         """Optimizer steps of every phase."""
-        return [max(1, phase.tokens // self.batch_tokens) for phase in self.phases]
+        return [max(1, phase.tokens // phase.batch_tokens) for phase in self.phases]
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens that the stage still trains on after this many of its steps."""
+        left = 0
+        for phase, steps in zip(self.phases, self.phase_steps(), strict=True):
+            left += max(0, steps - step) * phase.batch_tokens
+            step = max(0, step - steps)
+        return left
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run does beside the mathematics."""
+    """What a run does beside the mathematics.
+
+    micro_batch_tokens: the most tokens that a device takes at a time, 0 for its share of the whole
+    batch; gradients of the parts are added up in float32.
+    """
 
     seed: int = 0
     mesh: str = "fsdp=-1"
     compute_dtype: str = "bfloat16"
     remat: str = "full"
     loss_chunks: int = 1
+    micro_batch_tokens: int = 0
     log_every: int = 10
     eval_every: int = 200
     eval_rows: int = 32
     save_every: int = 500
     keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        """Raises ValueError for a dtype that is not computed in or a bound below zero."""
+        _check_choice("compute_dtype", self.compute_dtype, "bfloat16", "float32")
+        if self.micro_batch_tokens < 0:
+            raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens} must be at least 0, which sets no bound")
 
 
 @dataclass(frozen=True)
@@ -115,10 +178,15 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def stage_model(self, stage: str) -> LlamaConfig:
-        """The architecture that a stage trains: its RoPE scaling and longest context."""
-        settings = self.stage[stage]
-        cfg = set_field(self.model, "rope.factor", settings.rope_factor)
-        return dataclasses.replace(cfg, max_seq_len=max(phase.seq_len for phase in settings.phases))
+        """The architecture that a stage trains: its RoPE scaling, and the longest context up to it."""
+        cfg = set_field(self.model, "rope.factor", self.stage[stage].rope_factor)
+        stages = [*takewhile(stage.__ne__, self.stage), stage]
+        longest = max(phase.seq_len for name in stages for phase in self.stage[name].phases)
+        return dataclasses.replace(cfg, max_seq_len=longest)
+
+    def stage_mesh(self, stage: str) -> str:
+        """The mesh that a stage trains on, as text."""
+        return self.stage[stage].mesh or self.run.mesh
 
 
 def find_config(name: str) -> Path:
@@ -184,7 +252,11 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         missing = sorted(required - value.keys())
         if missing:
             raise ValueError(f"{_join(where, missing[0])} is missing")
-        return kind(**{key: _build(hints[key], item, _join(where, key)) for key, item in value.items()})
+        fields = {key: _build(hints[key], item, _join(where, key)) for key, item in value.items()}
+        try:
+            return kind(**fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}" if where else str(error)) from None
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} must be a list")
@@ -196,6 +268,11 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{where}={value!r} must be of type {kind.__name__}")
     return value
+
+
+def _check_choice(key: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}={value!r} is not one of {', '.join(choices)}")
 
 
 def _join(where: str, key: str) -> str:

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import jax
@@ -20,17 +21,37 @@ from jax.sharding import get_mesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.memory import check_program
+from llama_jax.mesh import ShardingRules
 from llama_jax.paths import staged_file
-from train.checkpoints import Progress, remove_old_steps, save_step, saved_steps
+from train.checkpoints import Progress, read_progress, remove_old_steps, resumed_state, save_step, saved_steps
 from train.config import PhaseConfig, TrainConfig
 from train.data import Batches, PackedRows, TokenDataset
 from train.device import put_batch
 from train.evaluation import extension_report, format_report, losses_by_position
 from train.metrics import MetricsLog, clock, plot_loss, say
-from train.optimizer import Optimizer, TrainState, learning_rate_schedule, train_step
+from train.optimizer import (
+    Optimizer,
+    StepMetrics,
+    TrainState,
+    learning_rate_schedule,
+    num_micro_batches,
+    train_step,
+)
 
 # Ways out for a run that does not fit.
-WAYS = "a smaller model or batch_tokens, more devices along fsdp in run.mesh or more run.loss_chunks"
+WAYS = "a smaller model, run.micro_batch_tokens, more devices along fsdp in run.mesh or more run.loss_chunks"
+
+
+def jit_step(
+    config: TrainConfig, stage: str, *, phase: PhaseConfig, optimizer: Optimizer, rules: ShardingRules
+) -> jax.stages.Wrapped:
+    """The step (state, batch) -> (state, metrics) of a phase, as a run jits it and --plan too; it donates the state."""
+    run, num_rows = config.run, config.stage[stage].phase_rows(phase)
+    num_parts = num_micro_batches(num_rows, phase.seq_len, run.micro_batch_tokens, rules)
+    numerics = {"z_loss": config.optimizer.z_loss, "num_parts": num_parts}
+    dtype = jnp.dtype(run.compute_dtype)
+    step = functools.partial(train_step, optimizer, dtype, run.remat, run.loss_chunks, **numerics)
+    return jax.jit(step, donate_argnums=0)
 
 
 class Stage:
@@ -44,19 +65,17 @@ class Stage:
         self.compute_dtype = jnp.dtype(config.run.compute_dtype)
         self.train_data = TokenDataset(config.data.directory, "train", vocab_size=self.model.vocab_size)
         self.heldout = TokenDataset(config.data.directory, "heldout", vocab_size=self.model.vocab_size)
-        run = config.run
-        self._step = jax.jit(
-            functools.partial(train_step, optimizer, self.compute_dtype, run.remat, run.loss_chunks), donate_argnums=0
-        )
         self._schedule = learning_rate_schedule(self.settings)
+        # Skipped steps that the log tells of, and returns to the newest checkpoint.
+        self._skipped = self._rollbacks = 0
 
     def train(self, state: TrainState, progress: Progress) -> None:
         """Run the stage to its end, saving as it goes. Ctrl-C saves the step it is at and raises KeyboardInterrupt."""
         self.log = MetricsLog(self.run_dir, progress.step)
         before = self._before(state, progress)
         with _interruptible() as interrupted:
-            for phase_index in range(progress.phase, len(self.settings.phases)):
-                state, progress = self._train_phase(state, progress, phase_index, interrupted)
+            while progress.phase < len(self.settings.phases):
+                state, progress = self._train_phase(state, progress, interrupted)
                 if interrupted:
                     if progress.step not in saved_steps(self.run_dir):
                         self._save(state, progress)
@@ -66,42 +85,92 @@ class Stage:
         if before is not None:
             self._report(before, self._losses(state))
 
-    def _train_phase(self, state: TrainState, progress: Progress, index: int, interrupted: list):
-        phase, steps = self.settings.phases[index], self.settings.phase_steps()[index]
-        first = sum(self.settings.phase_steps()[:index])
+    def _train_phase(self, state: TrainState, progress: Progress, interrupted: list) -> tuple[TrainState, Progress]:
+        """Train to the end of the phase, to an interruption, or to a spike that is rolled back."""
+        phase = self.settings.phases[progress.phase]
+        *before, steps = self.settings.phase_steps()[: progress.phase + 1]
         rows = PackedRows(
             self.train_data, phase.seq_len, self.config.run.seed, min_document_tokens=phase.min_document_tokens
         )
-        batch_rows = self.settings.batch_tokens // phase.seq_len
-        batches = Batches(rows, batch_rows, start_row=progress.row)
-        say(f"stage {self.name}: seq_len {phase.seq_len}, {steps} steps of {batch_rows} rows")
+        num_rows = self.settings.phase_rows(phase)
+        batches = Batches(rows, num_rows, start_row=progress.row)
+        say(f"stage {self.name}: seq_len {phase.seq_len}, {steps} steps of {num_rows} rows")
         step = None
-        while progress.phase_step < first + steps:
+        while progress.phase_step < sum(before) + steps:
             batch = put_batch(next(batches), state.params.rules)
             if step is None:
                 began = time.perf_counter()
-                step = self._step.lower(state, batch).compile()
+                rules = state.params.rules
+                step = jit_step(self.config, self.name, phase=phase, optimizer=self.optimizer, rules=rules)
+                step = step.lower(state, batch).compile()
                 say(f"compiled in {time.perf_counter() - began:.0f} s")
                 check_program("a training step", step, get_mesh().devices.flat, ways=WAYS)
                 self.log.restart_clock()
             state, metrics = step(state, batch)
-            self.log.count(self.settings.batch_tokens)
+            self.log.count(phase.batch_tokens)
             progress = dataclasses.replace(
                 progress,
                 step=progress.step + 1,
-                tokens=progress.tokens + self.settings.batch_tokens,
+                tokens=progress.tokens + phase.batch_tokens,
                 phase_step=progress.phase_step + 1,
                 row=batches.state(),
             )
+            if self._spiked(progress, metrics) and (saved := self._rollback_point(progress)) is not None:
+                del state  # makes room for the one that is read
+                return resumed_state(self.run_dir, saved.step, self.model, self.optimizer), saved
             self._after_step(state, progress, phase, metrics)
             if interrupted:
                 return state, progress
-        return state, dataclasses.replace(progress, phase=index + 1, row=0)
+        return state, self._next_phase(progress)
+
+    def _next_phase(self, progress: Progress) -> Progress:
+        """Where the next phase starts: behind the rows that were read, if they are of the same kind."""
+        index, phases = progress.phase, self.settings.phases
+        kinds = [(phase.seq_len, phase.min_document_tokens) for phase in phases[index : index + 2]]
+        row = progress.row if kinds[0] == kinds[-1] else 0
+        return dataclasses.replace(progress, phase=index + 1, row=row)
+
+    def _spiked(self, progress: Progress, metrics: StepMetrics) -> bool:
+        """Whether steps were skipped since it was last asked; looked up when a step is logged, not to wait for each.
+
+        Raises ValueError if too many in a row were.
+        """
+        cfg = self.config.optimizer
+        if not self._is_logged(progress.phase_step):
+            return False
+        skipped, new = int(metrics.skipped), int(metrics.total_skipped) - self._skipped
+        loss, norm = float(metrics.loss), float(metrics.grad_norm)
+        if skipped > cfg.max_skipped or self._rollbacks > cfg.max_skipped:
+            raise ValueError(
+                f"the loss is {loss} at step {progress.step} and the gradient norm {norm}, {skipped} steps in a row "
+                f"changed nothing and {self._rollbacks} were rolled back; lower the learning rate, look at the data "
+                "or raise optimizer.max_loss, max_grad_norm or max_skipped"
+            )
+        self._skipped += new
+        if new:
+            self.log.write(step=progress.step, stage=self.name, skipped=new)
+            say(f"stage {self.name}  {new} steps up to {progress.step} skipped: loss {loss:.4f}  grad {norm:.2f}")
+        return new > 0
+
+    def _rollback_point(self, progress: Progress) -> Progress | None:
+        """The newest checkpoint's place in this phase, but behind the data read since; None to go on as it is."""
+        steps = saved_steps(self.run_dir) if self.config.optimizer.on_spike == "rollback" else []
+        saved = read_progress(self.run_dir, steps[-1]) if steps else Progress()
+        if (saved.stage, saved.phase) != (progress.stage, progress.phase):
+            return None
+        self._skipped, self._rollbacks = 0, self._rollbacks + 1
+        self.log = MetricsLog(self.run_dir, saved.step)
+        self.log.write(step=saved.step, stage=self.name, rolled_back_from=progress.step)
+        say(f"stage {self.name}  back from step {progress.step} to {saved.step}, without the data between")
+        return dataclasses.replace(saved, row=progress.row)
+
+    def _is_logged(self, done: int) -> bool:
+        return done % self.config.run.log_every == 0 or done == sum(self.settings.phase_steps())
 
     def _after_step(self, state: TrainState, progress: Progress, phase: PhaseConfig, metrics) -> None:
         run, done = self.config.run, progress.phase_step
         total = sum(self.settings.phase_steps())
-        if done % run.log_every == 0 or done == total:
+        if self._is_logged(done) and not int(metrics.skipped):
             self._log_step(progress, phase, metrics, total)
         if done % run.eval_every == 0 or done == total:
             self._evaluate(state, progress)
@@ -110,11 +179,9 @@ class Stage:
 
     def _log_step(self, progress: Progress, phase: PhaseConfig, metrics, total: int) -> None:
         loss = float(metrics.loss)
-        if not np.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {progress.step}; lower the learning rate")
         speed = self.log.tokens_per_second()
         rate = float(np.asarray(self._schedule(progress.phase_step - 1)))
-        left = (total - progress.phase_step) * self.settings.batch_tokens / speed
+        left = self.settings.tokens_after(progress.phase_step) / speed
         flops = self.model.train_flops_per_token(phase.seq_len) * speed
         self.log.write(
             step=progress.step,
@@ -141,7 +208,9 @@ class Stage:
         self.log.restart_clock()
 
     def _save(self, state: TrainState, progress: Progress) -> None:
+        self.log.flush()
         path = save_step(self.run_dir, self.model, state, progress)
+        self._rollbacks = 0
         remove_old_steps(self.run_dir, self.config.run.keep_checkpoints)
         plot_loss(self.run_dir)
         say(f"saved {path}")
@@ -177,11 +246,13 @@ class Stage:
 
         Kept in the run directory, so that a resumed stage compares with the same.
         """
-        if self.model.max_seq_len <= self._short:
+        earlier = [self.config.stage_model(name) for name in takewhile(self.name.__ne__, self.config.stage)]
+        start = [dataclasses.replace(self.config.model, max_seq_len=self._short), *earlier][-1]
+        if self.model.max_seq_len <= max(self._short, start.max_seq_len):
             return None
         path = self.run_dir / f"before-stage-{self.name}.json"
         if progress.phase_step == 0:
-            plain = dataclasses.replace(self.model, rope=self.config.model.rope)
+            plain = dataclasses.replace(self.model, rope=start.rope)
             losses = self._losses(state._replace(params=_with_config(state.params, plain)))
             with staged_file(path) as staged:
                 staged.write_text(json.dumps({name: values.tolist() for name, values in losses.items()}))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from llama_jax.model import Llama
+from llama_jax.model import REMAT_POLICIES, Llama
 from train.data import Batch
 
 
@@ -19,16 +19,26 @@ def token_losses(model: Llama, x: Array, targets: Array, table: Array) -> Array:
     The target's logit is picked by comparison, not by indexing, so a vocabulary split over the
     mesh needs two all-reduces and no gather.
     """
+    return _losses(model, x, targets, table)[0]
+
+
+def _losses(model: Llama, x: Array, targets: Array, table: Array) -> tuple[Array, Array]:
+    """Cross-entropy and the logarithm of the softmax's denominator, both float32 [B, T]."""
     logits = model.unembed(x, table)
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    return normalizer - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), normalizer
 
 
-def loss_sum(model: Llama, batch: Batch, *, remat: str, num_chunks: int) -> tuple[Array, Array]:
+def loss_sum(model: Llama, batch: Batch, *, remat: str, num_chunks: int, z_loss: float = 0.0) -> tuple[Array, Array]:
     """Summed loss in nats and the number of tokens that it counts, both float32 scalars.
 
-    Raises ValueError if the chunks do not divide the sequence.
+    The gradient is that of the loss plus z_loss times the squared log-normalizer (arXiv 2204.02311,
+    section 5); the value leaves that out, so that runs with and without it compare. Raises
+    ValueError for an unknown remat or if the chunks do not divide the sequence.
     """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"run.remat={remat!r} is not one of {', '.join(REMAT_POLICIES)}")
     x = model.hidden(batch.tokens, batch.positions, batch.segment_ids, remat=remat)
     length = x.shape[1]
     if length % num_chunks:
@@ -37,7 +47,11 @@ def loss_sum(model: Llama, batch: Batch, *, remat: str, num_chunks: int) -> tupl
 
     @jax.checkpoint
     def chunk_loss(x: Array, targets: Array, mask: Array) -> Array:
-        return jnp.sum(token_losses(model, x, targets, table) * mask)
+        losses, normalizer = _losses(model, x, targets, table)
+        if z_loss:
+            penalty = z_loss * jnp.square(normalizer)
+            losses += penalty - jax.lax.stop_gradient(penalty)
+        return jnp.sum(losses * mask)
 
     def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         return total + chunk_loss(*chunk), None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import llama_jax
 from llama_jax.devices import describe_run, model_name, open_devices, use_compilation_cache
 from llama_jax.entry import parse_settings, run_entry
+from llama_jax.paths import as_path, make_directory
 from train.config import TrainConfig, read_config
 from train.metrics import say
 
@@ -41,7 +42,7 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
     use_compilation_cache()
     if len({device.process_index for device in open_devices()}) > 1:
         raise ValueError("training in several processes is not built yet; use the devices of one host")
-    with llama_jax.use_mesh(config.run.mesh) as mesh:
+    with llama_jax.use_mesh(config.stage_mesh(stage)) as mesh:
         model, source = config.stage_model(stage), init or (saved if start.step else f"seed {config.run.seed}")
         say(f"{describe_run(model, mesh, config.run.compute_dtype, source)}: {config.name} stage {stage}")
         _check_memory(config, stage)
@@ -55,11 +56,14 @@ def _check_memory(config: TrainConfig, stage: str) -> None:
     from jax.sharding import get_mesh
 
     from llama_jax.memory import check_fit, training_bytes
+    from llama_jax.mesh import sharding_rules
     from train.loop import WAYS
+    from train.optimizer import num_micro_batches
 
     model, settings, run = config.stage_model(stage), config.stage[stage], config.run
     for phase in settings.phases:
-        num_rows = settings.batch_tokens // phase.seq_len
+        num_rows = settings.phase_rows(phase)
+        num_rows //= num_micro_batches(num_rows, phase.seq_len, run.micro_batch_tokens, sharding_rules(model))
         needs = training_bytes(
             model, run.compute_dtype, num_rows=num_rows, seq_len=phase.seq_len, loss_chunks=run.loss_chunks
         )
@@ -108,15 +112,14 @@ def _prepare_data(config: TrainConfig, run_dir: Path) -> None:
     from train.data import read_metadata
     from train.prepare import prepare
 
-    directory = Path(config.data.directory)
+    directory = as_path(config.data.directory)
     if not (directory / "metadata.json").exists():
         prepare(config.data.sources, directory, vocab_size=config.model.vocab_size, holdout=config.data.holdout)
     metadata = read_metadata(directory)
     splits = {name: split["tokens"] for name, split in metadata["splits"].items()}
-    say(
-        f"data {directory}: {splits} tokens, corpus {metadata['corpus_hash'][:16]}, Python {metadata['python_version']}"
-    )
-    run_dir.mkdir(parents=True, exist_ok=True)
+    corpus, python = metadata["corpus_hash"][:16], metadata["python_version"]
+    say(f"data {config.data.directory}: {splits} tokens, corpus {corpus}, Python {python}")
+    make_directory(run_dir)
     copy_companions(directory, run_dir)
 
 
@@ -128,9 +131,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--init", metavar="C", help="checkpoint to start the stage from, with fresh optimizer state")
     parser.add_argument("--run-dir", metavar="D", help="default: runs/<config>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. run.seed=1")
+    parser.add_argument("--plan", metavar="SLICE", help="compile for a slice, e.g. v4:4x4x8, report and stop")
+    parser.add_argument("--json", action="store_true", help="with --plan: one JSON object a phase")
     args = parser.parse_args(argv)
+    if args.json and not args.plan:
+        parser.error("--json is what --plan prints; give both")
     config = read_config(args.config, parse_settings(args.set))
-    pretrain(config, args.stage, Path(args.run_dir or f"runs/{config.name}"), args.init)
+    if args.plan:
+        from train.plan import print_plan
+
+        return print_plan(config, args.stage, args.plan, as_json=args.json)
+    run_dir = as_path(args.run_dir) if args.run_dir else Path(f"runs/{config.name}")
+    pretrain(config, args.stage, run_dir, args.init)
 
 
 if __name__ == "__main__":
