@@ -6,22 +6,25 @@
 #   PYTHON=...       another interpreter, or several to try
 #   EXTRA=...        another extra; empty for none
 #   DEVICE_ROOT=...  stands before /dev, /proc and /sys
-# The invariant: VENV/core and VENV/test are there only while all that they stand for is installed.
+# The invariant: VENV/core and VENV/test are there only while all that they stand for is installed, and no
+# directory is cleared that is not an environment.
 # POSIX sh and no GNU options, so that it runs on macOS.
 set -u
+caller=$PWD
 cd "$(dirname "$0")" || exit 1
 
 main() {
     dry=
     if [ "${1:-}" = -n ]; then dry=yes && shift; fi
     venv=${1:?usage: sh install.sh [-n] VENV [test]}
+    [ "$caller" = "$PWD" ] || case $venv in /*) ;; *) venv=$caller/$venv ;; esac
     extras=${EXTRA-$(find_extra)}
     [ "${2:-}" != test ] || extras=test${extras:+,$extras}
     target=.${extras:+[$extras]}
 
     # An environment without core was interrupted, and is made anew.
     python=$venv/bin/python
-    [ -e "$venv/core" ] && fits "$python" || python=$(find_python) || exit 1
+    [ -e "$venv/core" ] && fits "$python" || { check_venv && python=$(find_python); } || exit 1
     echo "installing $target into $venv with $python, which takes a few minutes the first time"
     [ -z "$dry" ] || exit 0
 
@@ -37,6 +40,12 @@ main() {
 fail() {
     echo "error: $*" >&2
     exit 1
+}
+
+# To make an environment is to clear its directory.
+check_venv() {
+    [ -z "$(ls -A "$venv" 2>/dev/null)" ] || [ -e "$venv/pyvenv.cfg" ] ||
+        fail "$venv is not empty and no Python environment; name a directory that is not there yet, as .venv"
 }
 
 # A candidate is tried by running it: a pyenv shim may exist and not run, and Debian's Python may lack venv.
@@ -92,7 +101,8 @@ find_extra() {
     elif [ "${major:-0}" -ge 525 ]; then
         echo cuda12
     elif [ -n "$driver" ]; then
-        echo "NVIDIA driver $driver is too old for jax, which needs 525: installing for the CPU" >&2
+        echo "NVIDIA driver $driver is too old for jax, which needs 525: installing for the CPU;" \
+            "set JAX_PLATFORMS=cpu to run there" >&2
     elif any "$root"/dev/accel[0-9]*; then
         echo tpu
     elif any "$root"/dev/vfio/[0-9]* && grep -q 0x1ae0 "$root"/sys/bus/pci/devices/*/vendor 2>/dev/null; then

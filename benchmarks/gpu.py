@@ -2,7 +2,7 @@
 
 Random weights, bfloat16 (optimizer state float32). The limit is the one that the maker states for
 the device; what this device really gives to one large product is measured beside it. Attention is
-XLA's own, without a flash kernel. With --shape tiny the same code runs on a CPU, as a check.
+splash on a TPU and XLA's own in blocks on a GPU. With --shape tiny the same code runs on a CPU.
 """
 
 import argparse

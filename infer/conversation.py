@@ -17,6 +17,7 @@ from llama_jax.entry import say
 
 if TYPE_CHECKING:
     from infer.engine import Engine
+    from infer.entry import Startup
     from infer.request import Request
     from infer.sampling import SamplingParams
     from llama_jax.tokenizer import Tokenizer
@@ -60,10 +61,16 @@ def dialog(system: str | None, *users: str) -> list[dict]:
 class Conversation:
     """A dialog with a model, read from the terminal: answers go to stdout, all else to stderr."""
 
-    def __init__(self, engine: "Engine", params: "SamplingParams", system: str | None = None):
-        """The settings of params hold for every answer."""
-        self._engine = engine
-        self._params = params
+    def __init__(
+        self,
+        engine: "Engine",
+        params: "SamplingParams",
+        *,
+        system: str | None = None,
+        startup: "Startup | None" = None,
+    ):
+        """The settings of params hold for every answer; the first is followed by startup's line."""
+        self._engine, self._params, self._startup = engine, params, startup
         self.messages = dialog(system)
 
     def run(self) -> None:
@@ -117,6 +124,8 @@ class Conversation:
                 say(f"there is no /{name}; /help lists the commands, and a message may begin with a space before its /")
 
     def _save(self, file: str) -> None:
+        if not file:
+            return say("/save needs a file name")
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2)
         try:
             # Half a surrogate pair, which UTF-8 cannot spell, becomes its escape in JSON.
@@ -135,16 +144,19 @@ class Conversation:
         with interrupts() as pressed:
             try:
                 (request,) = self._engine.requests([messages], self._params)
-            except ValueError as error:  # no room, or what the template does not take
+                for _, piece in self._engine.run([request]):
+                    print(piece, end="", flush=True)
+                    said += piece
+                    if pressed:
+                        break
+            except ValueError as error:  # no room, in the context or on the devices, or a template that refuses
                 return say(f"the message is left out: {error}; /reset empties the dialog, /save FILE keeps it")
-            for _, piece in self._engine.run([request]):
-                print(piece, end="", flush=True)
-                said += piece
-                if pressed:
-                    break
         print()
         self.messages = [*messages, {"role": "assistant", "content": said}]
         say(f"[{self._status(request)}]")
+        if self._startup:
+            say(self._startup.line(self._engine.throughput))
+            self._startup = None
 
     def _status(self, request: "Request") -> str:
         result, size = request.result, self._engine.max_seq_len

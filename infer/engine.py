@@ -37,10 +37,12 @@ _WAYS = "fewer or shorter prompts at a time, a shorter max_seq_len or more devic
 class Throughput:
     """What a run measured: tokens and seconds of prefill and of decode, and seconds of compiling before them.
 
-    first_token_seconds is the time from the start of the run to its first token, with compiling.
+    first_token_seconds is the time from the start of the run to its first token, and first_compile_seconds
+    how much of that was compiling.
     """
 
     compile_seconds: float = 0.0
+    first_compile_seconds: float = 0.0
     first_token_seconds: float = 0.0
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -192,7 +194,9 @@ class Engine:
             new = [np.asarray(x) for x in new]
             if first_read is None:
                 first_read = measured.clock()
-                measured.first_token_seconds = measured.first_token_seconds or time.perf_counter() - measured.began
+                if not measured.first_token_seconds:
+                    measured.first_token_seconds = time.perf_counter() - measured.began
+                    measured.first_compile_seconds = measured.compile_seconds
             for i, request in enumerate(requests):
                 if request.unfinished:
                     yield i, request.push(new[0][i], new[1][i])

@@ -1,20 +1,23 @@
 """What every inference command shares: the options for model and sampling, and what they open.
 
-The invariant: jax is imported when a model is opened and not before, so that --help and mistakes
-in the options are answered at once.
+The invariant: jax is imported when devices or a model are opened and not before, so that --help and
+mistakes in the options are answered at once.
 """
 
 import argparse
 import bisect
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_jax.devices import describe_run, model_name, open_devices, use_compilation_cache
-from llama_jax.entry import say
+from llama_jax.devices import describe_run, model_name
+from llama_jax.entry import parse_settings, say
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import numpy as np
     from jax.sharding import Mesh
 
@@ -41,13 +44,14 @@ class Startup:
         self._last = time.perf_counter()
 
     def lap(self, step: str) -> None:
-        """End a step: "import", "open", "load"."""
+        """End a step: "import", "devices", "open", "load"."""
         now = time.perf_counter()
         self._seconds[step], self._last = now - self._last, now
 
     def line(self, throughput: "Throughput") -> str:
         """The seconds of all steps and in sum, with those of the first run up to its first token."""
-        seconds = self._seconds | {"compile and prefill": throughput.first_token_seconds}
+        compiling = throughput.first_compile_seconds
+        seconds = self._seconds | {"compile": compiling, "prefill": throughput.first_token_seconds - compiling}
         steps = ", ".join(f"{step} {size:.1f}" for step, size in seconds.items())
         return f"first token after {sum(seconds.values()):.1f} s: {steps}"
 
@@ -83,10 +87,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; repeatable")
 
 
-def open_model(args: argparse.Namespace) -> "Checkpoint":
-    """The checkpoint that the options name, its weights not read yet."""
+def open_model(args: argparse.Namespace, check: "Callable[[LlamaConfig], None] | None" = None) -> "Checkpoint":
+    """The checkpoint that the options name, its weights not read yet.
+
+    check is asked about a model of the hub, and may raise, before its weights are fetched.
+    """
     from llama_jax.checkpoint import open_checkpoint
-    from llama_jax.entry import parse_settings
 
     if args.checkpoint is None and not DEMO.is_dir():
         raise FileNotFoundError(f"the demo model is missing from {DEMO}; name a model with --checkpoint")
@@ -94,6 +100,7 @@ def open_model(args: argparse.Namespace) -> "Checkpoint":
         DEMO if args.checkpoint is None else args.checkpoint,
         overrides=parse_settings(args.set),
         allow_unknown_config=args.allow_unknown_config,
+        check=check,
     )
     limit = checkpoint.cfg.max_seq_len
     if args.max_seq_len is not None and not 1 <= args.max_seq_len <= limit:
@@ -101,25 +108,38 @@ def open_model(args: argparse.Namespace) -> "Checkpoint":
     return checkpoint
 
 
+def check_weights(args: argparse.Namespace, cfg: "LlamaConfig") -> None:
+    """Raise ValueError if the devices do not hold the weights and one token, in the least dtype that a run may take."""
+    import jax.numpy as jnp
+
+    with _mesh_asked_for(args, cfg) as mesh:
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        dtype = jnp.dtype(args.dtype or ("float32" if on_cpu else "bfloat16"))
+        _check_memory(cfg, mesh, dtype, num_tokens=1)
+
+
 def load_model(args: argparse.Namespace, checkpoint: "Checkpoint") -> "Llama":
     """The model, split over the mesh that the options ask for; stderr says first what runs where.
 
-    Raises ValueError, before a weight is read, for devices that cannot be used and for those that do not
-    hold the model and a cache of --max-new-tokens; what prompts add is checked by the engine.
+    Raises ValueError, before a weight is read, for devices that do not hold the model and a cache of
+    --max-new-tokens; what prompts add is checked by the engine.
     """
-    import jax
-
     from llama_jax.checkpoint import load_opened, weights_dtype
-    from llama_jax.mesh import inference_mesh_spec, use_mesh
 
-    use_compilation_cache()
-    num_devices = len(open_devices())
-    with use_mesh(args.mesh or inference_mesh_spec(checkpoint.cfg, num_devices, jax.local_device_count())) as mesh:
+    with _mesh_asked_for(args, checkpoint.cfg) as mesh:
         dtype = weights_dtype(checkpoint, args.dtype)
         say(describe_run(checkpoint.cfg, mesh, dtype, args.checkpoint or "the demo"))
         limit = args.max_seq_len or checkpoint.cfg.max_seq_len
         _check_memory(checkpoint.cfg, mesh, dtype, min(limit, args.max_new_tokens))
         return load_opened(checkpoint, dtype=dtype, layout="layers")
+
+
+def _mesh_asked_for(args: argparse.Namespace, cfg: "LlamaConfig") -> "AbstractContextManager[Mesh]":
+    import jax
+
+    from llama_jax.mesh import inference_mesh_spec, use_mesh
+
+    return use_mesh(args.mesh or inference_mesh_spec(cfg, jax.device_count(), jax.local_device_count()))
 
 
 def _check_memory(cfg: "LlamaConfig", mesh: "Mesh", dtype: "np.dtype", num_tokens: int) -> None:

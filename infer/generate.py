@@ -18,13 +18,15 @@ from infer.entry import (
     Startup,
     add_model_options,
     add_sampling_options,
+    check_weights,
     conversation_length,
     describe_sampling,
     load_model,
     open_model,
     sampling_params,
 )
-from llama_jax.entry import say
+from llama_jax.devices import open_devices, use_compilation_cache
+from llama_jax.entry import run_entry, say
 from llama_jax.paths import as_path
 
 if TYPE_CHECKING:
@@ -60,7 +62,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_sampling_options(parser)
     add_model_options(parser)
     args = parser.parse_intermixed_args(argv, argparse.Namespace(max_new_tokens=None))
-    args.conversation = args.chat and not (args.prompts or args.prompt_file or args.json) and _is_terminal()
+    given = bool(args.prompts or args.prompt_file or args.prompt_tokens)
+    args.conversation = args.chat and not (given or args.json) and _is_terminal()
+    args.piped = not given and _is_piped()
     if args.max_new_tokens is None:
         args.max_new_tokens = ANSWER_TOKENS if args.conversation else parser.get_default("max_new_tokens")
     return args
@@ -84,7 +88,9 @@ def run(args: argparse.Namespace) -> None:
 
     startup.lap("import")
     prompts = read_prompts(args)
-    checkpoint = open_model(args)
+    _start_devices(args)
+    startup.lap("devices")
+    checkpoint = open_model(args, lambda cfg: check_weights(args, cfg))
     tokenizer = None if args.prompt_tokens else load_tokenizer(checkpoint.companions)
     params = sampling_params(args, checkpoint)
     if args.chat:
@@ -95,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
             say(notice)
     startup.lap("open")
     model = load_model(args, checkpoint)
+    del checkpoint  # with what it keeps in memory of remote files
     startup.lap("load")
     streamed = len(prompts) <= 1 and not args.json
     steps = 1 if streamed and model.cfg.num_params() > _LARGE else 8
@@ -103,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     requests = engine.requests([dialog(args.system, text) for text in prompts] if args.chat else prompts, params)
     say(describe_sampling(params))
     if args.conversation:
-        return Conversation(engine, params, args.system).run()
+        return Conversation(engine, params, system=args.system, startup=startup).run()
     shown = ["" if args.chat or args.prompt_tokens else text for text in prompts]
     if streamed:
         print_stream(engine, requests[0], shown[0])
@@ -114,6 +121,15 @@ def run(args: argparse.Namespace) -> None:
             print(json_line(engine, request.result, prompt) if args.json else before + _readable(request.result) + "\n")
     say(str(engine.throughput))
     say(startup.line(engine.throughput))
+
+
+def _start_devices(args: argparse.Namespace) -> None:
+    import jax
+
+    use_compilation_cache()
+    open_devices()
+    if jax.process_count() > 1 and (args.conversation or args.piped):  # one terminal, and perhaps one pipe
+        raise ValueError("in several processes give the prompt as an argument; a conversation works in one process")
 
 
 def read_prompts(args: argparse.Namespace) -> list:
@@ -130,11 +146,13 @@ def read_prompts(args: argparse.Namespace) -> list:
     prompts = list(args.prompts)
     if args.prompt_file is not None:
         prompts.append(_text(as_path(args.prompt_file).read_bytes(), args.prompt_file))
-    if not prompts and _is_piped():
+    if args.piped:
         prompts.append(_text(sys.stdin.buffer.read(), "standard input"))
     if "" in prompts:
         raise ValueError("the prompt is empty; give at least one character")
     if not prompts and not args.conversation:
+        if args.chat:
+            raise ValueError("--chat needs a message here: a conversation needs a terminal, and has no --json")
         prompts.append(DEFAULT_PROMPT)
     return prompts
 
@@ -187,7 +205,4 @@ def json_line(engine: "Engine", result: "Result", prompt: str | list[int]) -> st
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    from llama_jax.entry import run_entry  # imports jax, which --help need not wait for
-
-    run_entry(lambda: run(arguments))
+    run_entry(main)

@@ -1,6 +1,6 @@
 """Attention of grouped queries over keys and values that are never repeated.
 
-The one place that picks a kernel by platform: tiles on CPUs (kernels/tiled.py), splash on TPUs
+The one place that picks a kernel by platform: tiles on CPUs (kernels/tiled.py) for a gradient, splash on TPUs
 (kernels/splash.py), elsewhere the reference in blocks. The invariant: a query sees a key if the key's
 position is not after its own and both belong to the same document. Positions and documents are data, so
 packed rows, right padding and any order of the sequence over the mesh need no other mask.
@@ -26,6 +26,7 @@ from llama_jax.kernels.two_ended import places, plain
 _MAX_GROUPS = 8
 _MIN_BLOCK = 128
 _MAX_BLOCK = 512
+LONGEST_IN_BLOCKS = 2048  # tokens of a sequence, on CPUs
 
 
 def attend(q: Array, k: Array, v: Array, *, queries: Tokens, keys: Tokens, out_sharding: PartitionSpec) -> Array:
@@ -104,12 +105,28 @@ def self_attend(q: Array, k: Array, v: Array, *, tokens: Tokens) -> Array:
 def _kernel(platform: str) -> Callable[[Array, Array, Array, Tokens, Tokens, Array], Array]:
     """What attends on one device: q [B, T, K, G, H], k and v [B, K, S, H], queries, keys, places int32 [T]."""
     if platform == "cpu":
-        return tiled_attention
+        return cpu_attention
     if platform == "tpu":
         from llama_jax.kernels.splash import splash_attention  # Pallas takes a tenth of a second to import
 
         return splash_attention
     return blocked_attention
+
+
+@jax.custom_vjp
+def cpu_attention(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, places: Array) -> Array:
+    """`blocked_attention` where no gradient is asked for, else `tiled_attention`; both in float32.
+
+    Blocks are larger products, which several cores share better: a prefill of 512 takes two thirds
+    of the time. But for a gradient they would be computed twice, and the scores of all groups, which
+    XLA:CPU holds at once, are too large in a long sequence: there it is tiles, too.
+    """
+    kernel = blocked_attention if q.shape[1] <= LONGEST_IN_BLOCKS else tiled_attention
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    return kernel(q32, k32, v32, queries, keys, places).astype(v.dtype)
+
+
+cpu_attention.defvjp(lambda *args: jax.vjp(tiled_attention, *args), lambda pull, d_out: pull(d_out))
 
 
 def blocked_attention(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, places: Array) -> Array:

@@ -5,17 +5,16 @@ are never touched, so HF -> any -> HF is equal to the bit unless --dtype asks fo
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from llama_jax.entry import parse_settings, run_entry
 from llama_jax.paths import staged_directory, vacant_directory
+from llama_jax.progress import Bar, progress
 from llama_jax.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,9 +25,9 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfl
 
 
 class _CountedSource:
-    """A source that moves a progress bar by the bytes that are read."""
+    """A source that moves the progress by the bytes that are read."""
 
-    def __init__(self, source: "Source", bar: tqdm):
+    def __init__(self, source: "Source", bar: Bar):
         self._source, self._bar = source, bar
         self.tensors = source.tensors
 
@@ -58,10 +57,7 @@ def convert(src: str, dst: str, *, to: "Format", dtype: str | None = None, num_s
     source = CanonicalSource(checkpoint.source, checkpoint.cfg, DTYPES[dtype] if dtype else None)
     token_ids = checkpoint.metadata or _token_ids(checkpoint.companions)
     total = sum(map(num_bytes, source.tensors.values()))
-    with (
-        staged_directory(dst) as staged,
-        tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not sys.stderr.isatty()) as bar,
-    ):
+    with staged_directory(dst) as staged, progress(total, desc="convert") as bar:
         copy_companions(checkpoint.companions, staged)
         if checkpoint.format == "meta":
             write_notice(staged, checkpoint.cfg)

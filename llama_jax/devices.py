@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.config import PRESETS, LlamaConfig
+from llama_jax.paths import cache_directory
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -28,6 +29,7 @@ PATIENCE = 20.0
 _GOOGLE = "0x1ae0"
 _STORAGE_OR_NETWORK = ("0x01", "0x02")  # PCI classes: Google makes disks and network cards, too
 
+_INSTALL = "jax cannot use it: python -m pip install 'jax[{}]'"
 _ON_CPU = "set JAX_PLATFORMS=cpu to run on the CPU"
 
 # What the user says of a run of several processes, and where launchers of clusters say how many there are.
@@ -41,8 +43,7 @@ def use_compilation_cache() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-        jax.config.update("jax_compilation_cache_dir", str(home / "llama_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
@@ -62,7 +63,7 @@ def open_devices(
     workers = num_processes(environ, on_tpu=bool(tpus))
     with _told(patience, _waiting_for(workers, tpus, environ)):
         if workers > 1 and not jax.distributed.is_initialized():
-            jax.distributed.initialize(**_coordinates(environ))
+            _connect(workers, environ)
         try:
             devices = jax.devices()
         except RuntimeError as error:
@@ -123,6 +124,19 @@ def _metadata(key: str, environ: Mapping[str, str]) -> str | None:
         return None
 
 
+def _connect(workers: int, environ: Mapping[str, str]) -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize(**_coordinates(environ))
+    except RuntimeError as error:
+        where = environ.get("JAX_COORDINATOR_ADDRESS", "the first of them")
+        raise ValueError(
+            f"the {workers} processes of the run did not find each other: start the same command in all, "
+            f"and see that {where} can be reached from each ({error})"
+        ) from error
+
+
 def _coordinates(environ: Mapping[str, str]) -> dict[str, Any]:
     """What jax.distributed does not read from the environment by itself."""
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
@@ -168,7 +182,7 @@ def _unused(tpus: list[Path], root: Path) -> str | None:
         found, ways = f"there is a TPU (/{tpus[0].relative_to(root)}), but", f"or {_ON_CPU}"
         holders = device_holders(tpus, root)
         if not _installed("libtpu"):
-            return f"{found} jax cannot use it: pip install 'llama_jax[tpu]', {ways}"
+            return f"{found} {_INSTALL.format('tpu')}, {ways}"
         if holders:
             listed = ", ".join(f"process {pid} ({command})" for pid, command in holders.items())
             return f"{found} it is held by {listed}: end that, {ways}"
@@ -178,7 +192,7 @@ def _unused(tpus: list[Path], root: Path) -> str | None:
         return None
     found, ways = f"there is an NVIDIA GPU (/{gpu.relative_to(root)}), but", f"or {_ON_CPU}"
     if not _installed("jax_cuda13_plugin", "jax_cuda12_plugin"):
-        return f"{found} jax cannot use it: pip install 'llama_jax[cuda]', {ways}"
+        return f"{found} {_INSTALL.format('cuda13')} ('jax[cuda12]' for a driver before 580), {ways}"
     return f"{found} jax could not open it: see its warning above, nvidia-smi and CUDA_VISIBLE_DEVICES, {ways}"
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, get_abstract_mesh
 from jax.typing import DTypeLike
 
+from llama_jax.attention import LONGEST_IN_BLOCKS
 from llama_jax.cache import init_cache
 from llama_jax.config import LlamaConfig
 from llama_jax.mesh import ShardingRules, sharding_rules
@@ -54,8 +55,7 @@ def generation_bytes(
 
     The allowance for temporaries: four float32 copies of a row's logits, which are whole on every
     device while a token is chosen, eight residual streams of the prompt, and the larger of three MLP
-    widths and, on GPUs, the float32 scores of its longest block of queries (see
-    llama_jax/attention.py).
+    widths and, where attention is not in tiles, the float32 scores of its blocks of queries.
     """
     rules, size = sharding_rules(cfg), np.dtype(dtype).itemsize
     num_rows = _rounded(num_rows, rules.batch_multiple)
@@ -68,24 +68,32 @@ def generation_bytes(
         return _num_held(rules, shape, axes)
 
     logits = 4 * held(("batch", None), num_rows, cfg.vocab_size)
-    device = get_abstract_mesh().abstract_device
-    in_tiles = device is not None and device.platform in ("cpu", "tpu")
-    scores = 0 if in_tiles else held(("batch", "kv_heads", "q_groups", None, None), *heads, block, length)
+    scores = held(("batch", "kv_heads", "q_groups", None, None), *heads, block, length) * _num_blocks_held(length)
     stream = 8 * held(("batch", "sequence", None), num_rows, length, cfg.embed_dim)
     mlp = 3 * held(("batch", "sequence", "mlp"), num_rows, length, cfg.mlp_dim)
     cache = jax.eval_shape(lambda: init_cache(cfg, rules, num_rows, num_slots, dtype=dtype))
-    temporaries = 4 * logits + size * stream + max(4 * scores, size * mlp)
+    temporaries = 4 * logits + size * stream + max(int(4 * scores), size * mlp)
     return {"cache": bytes_a_device(cache), "temporaries": temporaries}
 
 
+def _num_blocks_held(length: int) -> float:
+    """How many blocks of queries have their scores over the whole sequence in memory at once."""
+    device = get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "tpu":
+        return 0
+    if device is None or device.platform != "cpu":
+        return 1
+    return 4.5 if length <= LONGEST_IN_BLOCKS else 0  # eight that see a growing part of it
+
+
 def training_bytes(
-    cfg: LlamaConfig, dtype: DTypeLike, *, num_rows: int, seq_len: int, loss_chunks: int
+    cfg: LlamaConfig, dtype: DTypeLike, *, num_rows: int, seq_len: int, loss_chunks: int, moment_dtype: DTypeLike
 ) -> dict[str, int]:
     """The least bytes a device to train num_rows of seq_len tokens on the ambient mesh, computing in dtype.
 
-    Weights, their gradients (in bfloat16 these and a copy of the weights) and Adam's two moments are
-    four times the float32 weights. Of the activations only each layer's input, which no remat policy
-    recomputes, and one chunk of float32 logits are counted.
+    Weights and their gradients (in bfloat16 these and a copy of the weights) are float32, Adam's two
+    moments in moment_dtype. Of the activations only each layer's input, which no remat policy recomputes,
+    and one chunk of float32 logits are counted.
     """
     rules = sharding_rules(cfg)
     weights = weight_bytes(cfg, np.float32)
@@ -96,7 +104,7 @@ def training_bytes(
     return {
         "weights": weights,
         "gradients": weights,
-        "optimizer": 2 * weights,
+        "optimizer": 2 * weight_bytes(cfg, moment_dtype),
         "activations": np.dtype(dtype).itemsize * inputs + 4 * logits,
     }
 

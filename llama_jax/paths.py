@@ -61,7 +61,7 @@ def _reach(scheme: str, bucket: str, key: str) -> None:
                 filesystem.info(f"{scheme}://{bucket}")
     except ImportError:
         library = _LIBRARIES[scheme]
-        raise ValueError(f"{path} needs {library}, which is not installed: pip install 'llama_jax[{scheme}]'") from None
+        raise ValueError(f"{path} needs {library}, which is not installed: python -m pip install {library}") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no bucket {bucket}; create it or mend the name") from None
     except Exception as error:  # botocore's, google's and aiohttp's kinds

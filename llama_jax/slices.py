@@ -205,6 +205,8 @@ def _described(target: Slice) -> list[Device]:
     options: dict[str, Any] = {"num_slices": target.num_slices}
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
+    elif len(shape) == 2 and math.prod(shape) == 8:  # v5litepod-8 and v6e-8 are one host
+        options["chips_per_host_bounds"] = (2, 4, 1)
     if chip.cores == 2:  # as one device: by itself libtpu counts a v4 as two
         options["chip_config_name"] = "megacore"
     options["wrap"] = wraps(shape)

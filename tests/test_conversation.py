@@ -44,6 +44,8 @@ class Parrot:
 
     def run(self, requests):
         (request,), text = requests, self.heard[-1][-1]
+        if text == "large":
+            raise ValueError("this batch needs 9 GB")
         for piece in itertools.repeat("~") if text == "long" else ["<", text, ">"]:
             yield 0, piece
         request.result.tokens, request.result.finish_reason = text.split(), "length" if text == "cut" else "stop"
@@ -63,7 +65,7 @@ from infer.conversation import Conversation
 {inspect.getsource(Parrot)}
 
 parrot = Parrot()
-Conversation(parrot, SimpleNamespace(max_new_tokens=7), "sys").run()
+Conversation(parrot, SimpleNamespace(max_new_tokens=7), system="sys").run()
 print("HEARD", json.dumps(parrot.heard))
 """
 GENERATE = f"""{ON_A_TERMINAL}
@@ -222,7 +224,7 @@ def test_the_demo_model_is_stopped_and_answers_again(terminal):
     program.send("Why?\n")
     program.see(r"Why\?\r\n(\x1b\[\?2004l\r)?[^\w\x1b]*\w")
     program.send("\x03")
-    program.see(r"\d+ of 4,096 tokens, stopped\]\r\n.*> ")
+    program.see(r"\d+ of 4,096 tokens, stopped\]\r\nfirst token after .*\r\n.*> ")
     program.send("/exit\n")
     assert program.status() == 0
 
@@ -246,7 +248,8 @@ def talk(monkeypatch):
         monkeypatch.setattr("builtins.input", listen)
         engine: Any = Parrot()
         params: Any = SimpleNamespace(max_new_tokens=7)
-        conversation = Conversation(engine, params, "sys")
+        startup: Any = SimpleNamespace(line=lambda throughput: "first token after 6.0 s")
+        conversation = Conversation(engine, params, system="sys", startup=startup)
         conversation.run()
         return [message["content"] for message in conversation.messages]
 
@@ -292,7 +295,7 @@ def test_save_writes_the_dialog_as_json_and_never_over_a_file(talk, tmp_path, ca
     }
     said = capsys.readouterr().err
     assert f"3 messages are in {file}" in said and f"{file} exists and is left as it is" in said
-    assert said.count("No such file or directory") == 2
+    assert said.count("No such file or directory") == 1 and "/save needs a file name\n" in said
 
 
 def test_an_unknown_command_is_told_and_not_sent(talk, capsys):
@@ -305,6 +308,17 @@ def test_a_message_without_room_is_left_out_and_the_way_out_told(talk, capsys):
     assert talk("a", "b " * 20, "c") == ["sys", "a", "<a>", "c", "<c>"]
     said = capsys.readouterr().err
     assert "the message is left out: the prompt has 23 tokens, which leaves no room; /reset empties the dialog" in said
+
+
+def test_an_answer_that_the_devices_have_no_room_for_is_told_and_the_dialog_kept(talk, capsys):
+    assert talk("a", "large", "c") == ["sys", "a", "<a>", "c", "<c>"]
+    assert "the message is left out: this batch needs 9 GB; /reset empties the dialog" in capsys.readouterr().err
+
+
+def test_the_start_is_told_once_after_the_first_answer(talk, capsys):
+    talk("large", "a", "b")
+    _, missing, status, told, last = capsys.readouterr().err.splitlines()
+    assert (told, missing[:11], status[0], last[0]) == ("first token after 6.0 s", "the message", "[", "[")
 
 
 @pytest.mark.parametrize(

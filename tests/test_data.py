@@ -114,6 +114,13 @@ def test_epochs_and_seeds_have_different_orders(directory, rows):
     assert not np.array_equal(rows.row(0).tokens, other.row(0).tokens)
 
 
+def test_a_later_stage_has_an_order_of_its_own(directory, rows):
+    first, second = (PackedRows(TokenDataset(directory, "train"), 16, seed=3, stage=stage) for stage in (0, 1))
+    assert_same(first.row(0), rows.row(0))
+    assert not np.array_equal(first.row(0).tokens, second.row(0).tokens)
+    assert not np.array_equal(first.row(len(first)).tokens, second.row(0).tokens)
+
+
 def test_the_shuffle_is_the_documented_one_and_stays_so(rows):
     draws = np.random.Philox(np.random.SeedSequence(3, spawn_key=(1,))).random_raw(37)
     first = rows.dataset.document(int(np.argmin(draws)))

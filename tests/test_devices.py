@@ -81,16 +81,14 @@ def test_without_other_hardware_the_cpu_is_used(tmp_path, any_platform):
 def test_a_tpu_without_libtpu_names_the_extra(tmp_path, any_platform, installed):
     add_tpu(tmp_path, "dev/accel0")
     installed()
-    with pytest.raises(
-        ValueError, match=r"there is a TPU \(/dev/accel0\).*pip install 'llama_jax\[tpu\]', or set JAX_"
-    ):
+    with pytest.raises(ValueError, match=r"there is a TPU \(/dev/accel0\).*pip install 'jax\[tpu\]', or set JAX_"):
         open_devices(tmp_path, {"TPU_SKIP_MDS_QUERY": "1"})
 
 
 @pytest.mark.parametrize(
     ("plugins", "message"),
     [
-        ([], r"an NVIDIA GPU \(/dev/nvidia0\).*pip install 'llama_jax\[cuda\]', or set JAX_PLATFORMS=cpu"),
+        ([], r"an NVIDIA GPU \(/dev/nvidia0\).*pip install 'jax\[cuda13\]' .*, or set JAX_PLATFORMS=cpu"),
         (["jax_cuda12_plugin"], "could not open it: .*CUDA_VISIBLE_DEVICES"),
     ],
 )
@@ -213,6 +211,16 @@ def test_processes_find_each_other_by_what_the_environment_says(tmp_path, slow, 
     open_devices(tmp_path, environ, patience=0.1)
     assert "all 2 must run the same command, each with its own JAX_PROCESS_ID" in capsys.readouterr().err
     assert slow == [{"num_processes": 2, "process_id": 1}]
+
+
+def test_a_coordinator_that_is_absent_is_an_error_that_names_it(tmp_path, any_platform, monkeypatch):
+    def absent(**_):
+        raise RuntimeError("DEADLINE_EXCEEDED: Deadline Exceeded")
+
+    monkeypatch.setattr(jax.distributed, "initialize", absent)
+    environ = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "nowhere:1"}
+    with pytest.raises(ValueError, match=r"the 2 processes .* see that nowhere:1 can be reached .*\(DEADLINE_EX"):
+        open_devices(tmp_path, environ)
 
 
 def test_devices_that_answer_in_time_say_nothing(tmp_path, any_platform, capsys):

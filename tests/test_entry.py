@@ -69,8 +69,8 @@ def test_a_start_is_told_step_by_step_and_in_sum(monkeypatch):
     startup = Startup()
     for step in ("import", "open", "load"):
         startup.lap(step)
-    line = startup.line(Throughput(first_token_seconds=2.0, began=0.0))
-    assert line == "first token after 6.0 s: import 1.5, open 0.2, load 2.2, compile and prefill 2.0"
+    line = startup.line(Throughput(first_token_seconds=2.0, first_compile_seconds=1.5, began=0.0))
+    assert line == "first token after 6.0 s: import 1.5, open 0.2, load 2.2, compile 1.5, prefill 0.5"
 
 
 @pytest.mark.parametrize(

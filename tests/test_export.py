@@ -239,9 +239,13 @@ def test_metas_sizes_without_a_licence_get_its_attribution(tmp_path, preset, ver
     (tmp_path / "tokenizer.model").symlink_to(META)
     write_notice(tmp_path, PRESETS[preset])
     assert (tmp_path / "NOTICE").read_text(encoding="utf-8").splitlines() == [
-        f"Llama {version} is licensed under the Llama {version} Community License, "
-        "Copyright \u00a9 Meta Platforms, Inc. All Rights Reserved."
+        line
         for version in versions
+        for line in (
+            f"Llama {version} is licensed under the Llama {version} Community License, "
+            "Copyright \u00a9 Meta Platforms, Inc. All Rights Reserved.",
+            f"https://www.llama.com/llama3_{version[-1]}/license/",
+        )
     ]
 
 

@@ -20,7 +20,8 @@ import llama_jax
 from infer import entry, generate
 from infer.sampling import SamplingParams
 from llama_jax.chat import encode_chat
-from llama_jax.config import LlamaConfig
+from llama_jax.config import PRESETS, LlamaConfig
+from llama_jax.devices import use_compilation_cache
 from llama_jax.entry import run_entry
 from llama_jax.tokenizer import load_tokenizer
 from tests.reference import hf_model, save_hf
@@ -265,10 +266,10 @@ def test_programs_are_cached_in_the_users_cache_unless_another_place_is_set(monk
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     try:
-        entry.use_compilation_cache()
+        use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == before["jax_compilation_cache_dir"] is not None
         jax.config.update("jax_compilation_cache_dir", None)
-        entry.use_compilation_cache()
+        use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == os.path.join("/somewhere", "llama_jax", "xla")
     finally:
         for name, value in before.items():
@@ -303,6 +304,8 @@ def assert_one_line(outcome: tuple[int, str, list[str]], message: str) -> None:
         (["--prompt-tokens", "1,264"], "prompt token 264 is outside the vocabulary of 264"),
         (["--prompt-tokens", "1", "--stop", "x"], "stop strings need a tokenizer"),
         (["a", "--prompt-tokens", "1"], "--prompt-tokens takes the place of text"),
+        (["--chat"], "--chat needs a message here"),
+        (["--chat", "--json"], "--chat needs a message here"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_a_failure(run, checkpoint, argv, message):
@@ -322,6 +325,26 @@ def test_a_pipe_that_is_no_prompt_is_one_line_and_a_failure(run, checkpoint, mon
     with pipe(data) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert_one_line(run("--checkpoint", checkpoint), message)
+
+
+def test_of_several_processes_each_is_given_the_prompt_as_an_argument(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pipe(b"def f") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert_one_line(run("--checkpoint", checkpoint), "in several processes give the prompt as an argument")
+    with open(os.devnull) as null:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, fileno=null.fileno))
+        assert_one_line(run("--chat", "--checkpoint", checkpoint), "a conversation works in one process")
+
+
+def test_a_model_of_the_hub_that_does_not_fit_is_refused_before_it_is_fetched(run, monkeypatch):
+    def download(name, check):
+        check(PRESETS["llama3.1-8b"])
+        pytest.fail("weights were fetched")
+
+    monkeypatch.setattr("llama_jax.memory.bytes_left", lambda devices: 10**9)
+    monkeypatch.setattr("llama_jax.checkpoint.formats.download", download)
+    assert_one_line(run("a", "--checkpoint", "org/name"), r"llama3.1-8b needs .* \(weights 32.1, ")
 
 
 def test_a_prompt_file_that_is_not_utf8_names_the_first_wrong_byte(run, checkpoint, tmp_path):

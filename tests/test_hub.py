@@ -121,6 +121,26 @@ def test_two_processes_at_once_leave_one_whole_copy(hub, tmp_path):
     assert contents(Path(one[0].strip())) == {name: hub.files[name] for name in [*USUAL, *SHARDS, INDEX]}
 
 
+def test_what_was_checked_is_fetched_though_the_branch_moves_meanwhile(hub, monkeypatch):
+    def moved(*args, **kwargs):
+        hub.revisions = set()  # the hub still has the commit
+        return fetch(*args, **kwargs)
+
+    fetch = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", moved)
+    directory = download("org/name@v1")
+    assert directory.name == hub.sha
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download("org/name@v1") == directory
+
+
+def test_in_a_log_the_download_is_told_in_lines(hub, monkeypatch, capfd):
+    monkeypatch.setattr("llama_jax.progress._QUIET_SECONDS", 0)
+    download("org/name")
+    _, last = capfd.readouterr().err.splitlines()
+    assert re.match(r"org/name: 2.00MB in \d", last)
+
+
 # Without the hub
 
 
@@ -222,13 +242,24 @@ def test_another_architecture_is_refused_before_its_weights_are_fetched(hub):
     assert hub.served() == ["config.json", INDEX]
 
 
+def test_a_model_that_the_caller_refuses_is_not_fetched(hub):
+    def check(cfg):
+        assert cfg == TINY
+        raise ValueError("too large")
+
+    with pytest.raises(ValueError, match="too large"):
+        find_checkpoint("org/name", check)
+    assert hub.served() == ["config.json", INDEX]
+
+
 def test_an_index_that_names_what_is_not_there_or_names_nothing_is_refused(hub):
     del hub.files[SHARDS[1]]
     with pytest.raises(ValueError, match=f"^org/name lacks {SHARDS[1]}, which its {INDEX} names$"):
         download("org/name")
-    hub.sha, hub.files[INDEX] = "3" * 40, b"[]"
-    with pytest.raises(ValueError, match=f"{INDEX}: a JSON object with a weight_map of file names was expected"):
-        download("org/name")
+    for sha, index in (("3", b"[]"), ("4", b'{"weight_map": {"a": 1}}')):
+        hub.sha, hub.files[INDEX] = sha * 40, index
+        with pytest.raises(ValueError, match=f"{INDEX}: a JSON object with a weight_map of file names was expected"):
+            download("org/name")
 
 
 def test_too_little_room_is_refused_with_both_numbers(hub, monkeypatch):

@@ -16,7 +16,7 @@ from llama_jax.checkpoint.formats import FORMATS
 from train.config import CONFIGS, read_config
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ("sh", "dirname", "grep", "sed", "sort", "head", "cat", "rm", "touch", "mkdir", "cp")
+TOOLS = ("sh", "dirname", "grep", "sed", "sort", "head", "cat", "rm", "touch", "mkdir", "cp", "ls")
 OLD_PYTHON = "#!/bin/sh\nexit 1\n"
 NEW_PYTHON = "#!/bin/sh\nexit 0\n"
 
@@ -36,9 +36,10 @@ def write(path: Path, text: str = "") -> None:
     path.chmod(0o755)
 
 
-def install(machine: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
+def install(machine: Path, *args: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     environment = {"PATH": str(machine / "bin"), "HOME": str(machine), "DEVICE_ROOT": str(machine)} | environment
-    return subprocess.run(["sh", ROOT / "install.sh", *args], env=environment, capture_output=True, text=True)
+    command = ["sh", ROOT / "install.sh", *args]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def target(machine: Path, *args: str, **environment: str) -> str:
@@ -99,7 +100,8 @@ def test_a_driver_that_is_too_old_is_told(machine):
     write(machine / "bin/nvidia-smi", "#!/bin/sh\necho '470.82.01, 7.5'\n")
     write(machine / "bin/python3.11", NEW_PYTHON)
     done = install(machine, "-n", "venv")
-    assert done.stderr == "NVIDIA driver 470.82 is too old for jax, which needs 525: installing for the CPU\n"
+    told = "installing for the CPU; set JAX_PLATFORMS=cpu to run there\n"
+    assert done.stderr == f"NVIDIA driver 470.82 is too old for jax, which needs 525: {told}"
 
 
 @pytest.mark.parametrize(
@@ -171,6 +173,31 @@ def test_an_install_that_fails_leaves_no_stamp(machine):
     done = install(machine, str(machine / "venv"), "test", PIP_STATUS="1")
     assert (done.returncode, done.stderr) == (1, "error: pip could not install .[test]; what it said stands above\n")
     assert os.listdir(machine / "venv") == ["bin"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "home"])
+def test_a_directory_that_is_no_environment_is_refused_and_left_as_it_is(machine, name):
+    write(machine / "bin/uv", MAKER)
+    write(machine / "home/.letters")
+    done = install(machine, name, cwd=machine / "home" if name != "home" else machine)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1 and "is not empty and no Python environment; name a dir" in done.stderr
+    assert (machine / "home/.letters").exists() and not (machine / "log").exists()
+
+
+def test_an_interrupted_environment_and_an_empty_directory_are_taken(machine):
+    write(machine / "bin/uv", MAKER)
+    write(machine / "asked", ASKED)
+    write(machine / "begun/pyvenv.cfg")
+    (machine / "empty").mkdir()
+    assert [install(machine, str(machine / name)).returncode for name in ("begun", "empty")] == [0, 0]
+
+
+def test_a_relative_name_is_the_callers(machine):
+    write(machine / "bin/uv", MAKER)
+    write(machine / "asked", ASKED)
+    assert install(machine, "venv", cwd=machine).returncode == 0
+    assert (machine / "venv/core").exists()
 
 
 def test_a_machine_with_nothing_is_told_what_to_install(machine):

@@ -101,12 +101,17 @@ def test_the_allowance_covers_a_compiled_prefill_and_is_less_than_twice_as_much(
     assert stats.temp_size_in_bytes <= needs["temporaries"] <= 2 * stats.temp_size_in_bytes
 
 
-def test_training_needs_sixteen_bytes_a_parameter_split_over_fsdp():
+@pytest.mark.parametrize(("moment_dtype", "bytes_a_parameter"), [("float32", 16), ("bfloat16", 12)])
+def test_training_needs_weights_gradients_and_moments_split_over_fsdp(moment_dtype, bytes_a_parameter):
     cfg = PRESETS["llama3.1-8b"]
     with jax.sharding.use_abstract_mesh(mesh_of(fsdp=64)):
-        needs = memory.training_bytes(cfg, "bfloat16", num_rows=64, seq_len=8192, loss_chunks=8)
+        needs = memory.training_bytes(
+            cfg, "bfloat16", num_rows=64, seq_len=8192, loss_chunks=8, moment_dtype=moment_dtype
+        )
     state = needs["weights"] + needs["gradients"] + needs["optimizer"]
-    assert state / (16 * cfg.num_params() / 64) == pytest.approx(1, abs=0.01)  # norms are on every device
+    assert state / (bytes_a_parameter * cfg.num_params() / 64) == pytest.approx(
+        1, abs=0.01
+    )  # norms are on every device
     assert needs["activations"] == 32 * 8192 * 4096 * 2 + 8192 * 128_256 * 4 // 8
 
 

@@ -304,6 +304,7 @@ def test_a_run_that_only_rolls_back_stops(workdir, spike):
     spike(*range(4, 99))
     with pytest.raises(ValueError, match="4 were rolled back; lower the learning rate"):
         run("1", "--set", "optimizer.on_spike=rollback", "--set", "run.log_every=1")
+    assert read_progress(Path("runs/tiny"), 3).row == 8 * (3 + 4)  # where the next command goes on
 
 
 def test_a_run_with_muon_bfloat16_moments_and_micro_batches_resumes_to_the_bit(workdir):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from llama_jax.chat import encode_chat
+from llama_jax.entry import run_entry
 from llama_jax.tokenizer import load_tokenizer
 from train import corpus, prepare
 from train.data import PackedRows, TokenDataset
@@ -340,9 +342,17 @@ def test_the_command_prints_a_table_or_the_metadata(sources, tmp_path, capsys):
         (["--tokenizer=absent", "--vocab-size=600"], "leave out vocab_size or the tokenizer"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_no_files(sources, tmp_path, monkeypatch, arguments, message):
+def test_bad_input_ends_in_one_line_and_no_files(sources, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     given = [] if not arguments[0].startswith("--") else list(map(str, sources[:10]))
-    with pytest.raises(SystemExit, match=rf"^train\.prepare: .*{message}[^\n]*$"):
-        prepare.main([*arguments, *given, "--out=out"])
+    with pytest.raises(SystemExit) as exit:
+        run_entry(lambda: prepare.main([*arguments, *given, "--out=out"]))
+    assert exit.value.code == 1 and re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_log_gets_no_bar(sources, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llama_jax.progress._QUIET_SECONDS", 0.0)
+    prepare.prepare(sources, tmp_path / "out", vocab_size=512, holdout=0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" in ")[0] for line in lines] == ["train: 31.0 documents", "heldout: 9.00 documents"]

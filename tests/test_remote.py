@@ -157,9 +157,9 @@ def test_a_mesh_reads_each_byte_of_a_bucket_about_once(store, start, format, mon
     num_bytes = []
 
     @functools.lru_cache(ranges._MAX_KEPT)
-    def counted(file, start, stop):
+    def counted(read, start, stop):
         num_bytes.append(stop - start)
-        return start_read(file, start, stop)
+        return start_read(read, start, stop)
 
     start_read = ranges._start_read.__wrapped__
     monkeypatch.setattr(ranges, "_start_read", counted)
@@ -172,6 +172,15 @@ def test_a_mesh_reads_each_byte_of_a_bucket_about_once(store, start, format, mon
     if format != "orbax":  # tensorstore reads that by itself
         assert len(num_bytes) > 20
         assert sum(num_bytes) < 1.3 * 4 * SMALL.num_params()
+
+
+def test_what_was_read_is_kept_no_longer_than_its_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"0123456789")
+    file = ranges.RemoteFile(tmp_path / "file")
+    assert file.read([(2, 5), (2, 5)]) == [b"234", b"234"]
+    assert ranges._start_read.cache_info().currsize == 1
+    del file
+    assert ranges._start_read.cache_info().currsize == 0
 
 
 def test_shards_and_their_index_are_read_back(store, start):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,15 +21,17 @@ from flax import nnx
 import llama_jax
 from llama_jax.model import Llama
 from tests.tiny import TINY
+from train import checkpoints, evaluation, loop
 from train.checkpoints import read_progress, saved_steps
 from train.config import find_config, read_config
 from train.data import Batch
 from train.device import put_batch
-from train.evaluation import position_ranges
+from train.evaluation import position_ranges, row_losses
 from train.loss import loss_sum
 from train.metrics import read_metrics
 from train.optimizer import TrainState, learning_rate_schedule, make_optimizer, train_step
-from train.pretrain import main
+from train.prepare import prepare
+from train.pretrain import _prepare_data, main
 
 CONFIG = """
 [model]
@@ -178,7 +181,9 @@ def test_resume_gives_the_same_weights_to_the_bit(workdir):
     run("1", "--run-dir", "cut", "--set", "run.keep_checkpoints=9")
     for step in (6, 8):  # back to step 3, as after a crash
         subprocess.run(["rm", "-r", f"cut/checkpoints/{step}"], check=True)
+    Path("cut/checkpoints/.6.partial-0a1b2c3d/params").mkdir(parents=True)
     run("1", "--run-dir", "cut")
+    assert sorted(path.name for path in Path("cut/checkpoints").iterdir()) == ["6", "8"]
     assert_same_weights(weights("whole", 8), weights("cut", 8))
     whole, cut = ([line for line in read_metrics(Path(name)) if "loss" in line] for name in ("whole", "cut"))
     assert [(line["step"], line["loss"]) for line in whole] == [(line["step"], line["loss"]) for line in cut]
@@ -212,14 +217,48 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_weights(workdir):
     assert_same_weights(weights("runs/tiny", 8), weights("whole", 8))
 
 
-def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(workdir, monkeypatch):
-    from train import checkpoints
+def test_ctrl_c_in_the_last_evaluation_leaves_a_stage_that_the_next_command_ends(workdir, monkeypatch):
+    evaluate = loop.Stage._evaluate
 
+    def interrupted(stage, state, progress):
+        evaluate(stage, state, progress)
+        if progress.phase_step == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Stage, "_evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("1")
+    assert not read_progress(Path("runs/tiny"), 8).stage_done
+    run("1")
+    assert read_progress(Path("runs/tiny"), 8).stage_done
+
+
+def test_weights_and_moments_are_copied_one_after_the_other(workdir, monkeypatch):
+    save_arrays, saved = checkpoints.save_arrays, []
+
+    def record(directory, arrays):
+        saved.append((directory.name, sum(array.nbytes for array in arrays.values())))
+        save_arrays(directory, arrays)
+
+    monkeypatch.setattr(checkpoints, "save_arrays", record)
+    run("1", "--set", "run.save_every=8")
+    num_bytes = 4 * read_config("tiny.toml").model.num_params()
+    assert saved == [("params", num_bytes), ("mu", num_bytes), ("nu", num_bytes)]
+
+
+def test_moments_that_were_saved_in_one_directory_are_read(tmp_path):
+    arrays = {f"{name}.a": jnp.full(3, i) for i, name in enumerate(("mu", "nu"))}
+    checkpoints.save_arrays(tmp_path / "optimizer", arrays)
+    assert [checkpoints._moment(tmp_path, name).read("a").tolist() for name in ("mu", "nu")] == [[0] * 3, [1] * 3]
+
+
+def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(workdir, monkeypatch):
     save_arrays, calls = checkpoints.save_arrays, []
 
     def fail_on_second_step(directory, arrays):
         calls.append(directory)
-        if len(calls) > 2:
+        if len(calls) > 4:
             raise OSError(28, "No space left on device")
         save_arrays(directory, arrays)
 
@@ -242,6 +281,42 @@ def test_stages_say_what_they_need(workdir):
         run("1", "--init", "runs/tiny@8")
     run("1", "--init", "runs/tiny@8", "--run-dir", "again")
     assert read_progress(Path("again"), 8).step == 8
+
+
+DEMO = Path(llama_jax.__file__).parent / "demo"
+
+
+def test_absent_data_are_prepared_from_sources_or_for_the_demo_and_never_for_given_weights(workdir):
+    missing = "absent is not there; prepare it: python -m train.prepare TEXT... --tokenizer {} --out absent"
+    config = read_config("tiny.toml", {"data.directory": "absent"})
+    with pytest.raises(FileNotFoundError, match=missing.format(DEMO)):
+        _prepare_data(config, Path("run"), str(DEMO))
+    without_sources = read_config("tiny.toml", {"data.directory": "absent", "data.sources": []})
+    with pytest.raises(FileNotFoundError, match=missing.format("T")):
+        _prepare_data(without_sources, Path("run"), None)
+    assert not Path("absent").exists()
+    _prepare_data(config, Path("run"), None)
+    assert llama_jax.load_tokenizer("absent").vocab_size == llama_jax.load_tokenizer("run").vocab_size == 540
+
+
+def test_data_of_another_tokenizer_than_the_weights_are_refused(workdir):
+    Path("swapped").mkdir()
+    description = json.loads((DEMO / "tokenizer.json").read_text())
+    ids = description["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    Path("swapped/tokenizer.json").write_text(json.dumps(description))
+    prepare(["text.jsonl"], "data", tokenizer="swapped", holdout=0.2)
+    with pytest.raises(ValueError, match=f"data was prepared with another tokenizer than that of {DEMO}; prepare it"):
+        _prepare_data(read_config("tiny.toml"), Path("run"), str(DEMO))
+    assert not Path("run").exists()
+
+
+def test_weights_bring_their_licence_into_the_run(workdir):
+    prepare(["text.jsonl"], "data", tokenizer=DEMO, holdout=0.2)
+    shutil.copytree(DEMO, "weights")
+    Path("weights/USE_POLICY.md").write_text("terms")
+    _prepare_data(read_config("tiny.toml"), Path("run"), "weights")
+    assert Path("run/USE_POLICY.md").read_text() == "terms"
 
 
 def test_init_of_another_shape_is_refused(workdir):
@@ -291,6 +366,23 @@ def test_schedule_warms_up_and_ends_at_the_final_rate():
 def test_gradients_that_stay_not_finite_stop_the_run(workdir):
     with pytest.raises(ValueError, match="gradient norm nan, 4 steps in a row"):
         run("1", "--set", "stage.1.learning_rate=1e30", "--set", "optimizer.clip_norm=1e30")
+
+
+def test_held_out_losses_take_a_chunk_of_the_sequence_at_a_time(monkeypatch):
+    lengths, token_losses = [], evaluation.token_losses
+
+    def record(model, x, targets, table):
+        lengths.append(x.shape[1])
+        return token_losses(model, x, targets, table)
+
+    monkeypatch.setattr(evaluation, "token_losses", record)
+    with llama_jax.use_mesh("fsdp=2,context=2,tensor=2"):
+        model = jax.jit(lambda: Llama(TINY, rngs=nnx.Rngs(0)))()
+        batch = put_batch(random_batch(TINY), model.rules)
+        whole, parts = (row_losses(model, batch, "float32", num_chunks=n) for n in (1, 4))
+        assert jax.typeof(parts) == jax.typeof(whole)
+    assert lengths == [16, 4]
+    np.testing.assert_allclose(np.asarray(parts), np.asarray(whole), rtol=1e-6)
 
 
 def test_position_ranges_double():

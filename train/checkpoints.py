@@ -1,10 +1,10 @@
 """Saving a run and going on from where it stood, to the bit.
 
 A step is a directory runs/x/checkpoints/<step> of the project's own form (model.json and params/,
-so that every command can load it), with optimizer/ (Adam's mu and nu under canonical names) and
-state.json. It appears whole or not at all: model.json is its last file, and a directory without it is
-what a killed process left in an object store. Arrays are stored by canonical name and shape, so a run
-can go on with another mesh or another layout in memory.
+so that every command can load it), with mu/ and nu/ (Adam's moments, likewise) and state.json. It
+appears whole or not at all: model.json is its last file, and a directory without it is what a killed
+process left in an object store. Arrays are stored by canonical name and shape, so a run can go on with
+another mesh or another layout in memory.
 """
 
 import dataclasses
@@ -22,8 +22,11 @@ from llama_jax.checkpoint.layout import ModelSource, check_tensors, read_model
 from llama_jax.checkpoint.orbax import OrbaxSource, save_arrays
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
-from llama_jax.paths import remove_directory, staged_directory
+from llama_jax.paths import remove_directory, staged_directory, staged_file
 from train.optimizer import Optimizer, TrainState
+
+STATE_FILE = "state.json"
+MOMENTS = ("mu", "nu")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 def read_progress(run_dir: Path, step: int) -> Progress:
     """Where the run stood when it saved this step. Raises ValueError if the file is damaged."""
-    path = run_dir / "checkpoints" / str(step) / "state.json"
+    path = run_dir / "checkpoints" / str(step) / STATE_FILE
     try:
         return Progress(**json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, TypeError) as error:
@@ -59,24 +62,45 @@ def read_progress(run_dir: Path, step: int) -> Progress:
 
 
 def save_step(run_dir: Path, cfg: LlamaConfig, state: TrainState, progress: Progress) -> Path:
-    """Write a checkpoint of this step. Raises OSError, with earlier ones untouched, if that fails."""
+    """Write a checkpoint of this step; if it is there, where the run stands alone.
+
+    Raises OSError, with earlier ones untouched, if that fails.
+    """
     if jax.process_count() > 1:
         raise ValueError("training over several processes is not built yet; start one process")
-    moments = {name: optax.tree.get(state.opt_state, name) for name in ("mu", "nu")}
     path = run_dir / "checkpoints" / str(progress.step)
-    if progress.step not in saved_steps(run_dir):
-        remove_directory(path)
+    if progress.step in saved_steps(run_dir):
+        write_progress(run_dir, progress)
+        return path
+    remove_directory(path)
     with staged_directory(path) as staged:
         save_arrays(staged / "params", _arrays(state.params))
-        save_arrays(staged / "optimizer", _arrays(moments["mu"], "mu.") | _arrays(moments["nu"], "nu."))
-        (staged / "state.json").write_text(json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
+        for name in MOMENTS:  # one after the other, because each is copied on its way
+            save_arrays(staged / name, _arrays(optax.tree.get(state.opt_state, name)))
+        (staged / STATE_FILE).write_text(_as_json(progress))
         write_model_file(staged, cfg, {})
     return path
 
 
-def _arrays(model: Llama, prefix: str = "") -> dict[str, jax.Array]:
+def write_progress(run_dir: Path, progress: Progress) -> None:
+    """Say anew where the run stood at a step that it has saved."""
+    with staged_file(run_dir / "checkpoints" / str(progress.step) / STATE_FILE) as staged:
+        staged.write_text(_as_json(progress))
+
+
+def _as_json(progress: Progress) -> str:
+    return json.dumps(dataclasses.asdict(progress), indent=1) + "\n"
+
+
+def _arrays(model: Llama) -> dict[str, jax.Array]:
     source = ModelSource(model)
-    return {prefix + name: source.array(name) for name in source.tensors}
+    return {name: source.array(name) for name in source.tensors}
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what processes that were killed while they saved have left on a local disk."""
+    for path in (run_dir / "checkpoints").glob(".[0-9]*.partial-*"):
+        remove_directory(path)
 
 
 def remove_old_steps(run_dir: Path, keep: int) -> None:
@@ -104,21 +128,35 @@ def state_from(checkpoint: str | Path, cfg: LlamaConfig, optimizer: Optimizer) -
 
     Raises ValueError if its shapes are not those of cfg; RoPE scaling and context may differ.
     """
+    params = _read_params(checkpoint, cfg)
+    return TrainState(params, jax.jit(optimizer.init)(params))
+
+
+def _read_params(checkpoint: str | Path, cfg: LlamaConfig) -> Llama:
     opened = open_checkpoint(checkpoint)
     check_tensors(cfg, opened.source, lambda name: opened.directory)
-    params = read_model(cfg, opened.source, dtype=jnp.dtype("float32"))
-    return TrainState(params, jax.jit(optimizer.init)(params))
+    return read_model(cfg, opened.source, dtype=jnp.dtype("float32"))
 
 
 def resumed_state(run_dir: Path, step: int, cfg: LlamaConfig, optimizer: Optimizer) -> TrainState:
     """Weights and optimizer state exactly as they were saved; the optimizer counts the stage's own steps."""
     directory = run_dir / "checkpoints" / str(step)
-    state = state_from(directory, cfg, optimizer)
+    params = _read_params(directory, cfg)
+    opt_state = jax.eval_shape(optimizer.init, params)  # a real one would stand beside what is read
     moments = {}
-    for name in ("mu", "nu"):
-        fresh = jax.tree.leaves(optax.tree.get(state.opt_state, name))
-        moments[name] = read_model(cfg, OrbaxSource(directory / "optimizer", f"{name}."), dtype=fresh[0].dtype)
-    count = jnp.asarray(read_progress(run_dir, step).phase_step, jnp.int32)
-    opt_state = optax.tree.set(state.opt_state, count=count, **moments)
-    # Adam and the schedule count for themselves: one array for both could not be donated.
-    return state._replace(opt_state=jax.tree.map(lambda x: jnp.array(x) if x is count else x, opt_state))
+    for name in MOMENTS:
+        dtype = jax.tree.leaves(optax.tree.get(opt_state, name))[0].dtype
+        moments[name] = read_model(cfg, _moment(directory, name), dtype=dtype)
+    opt_state = optax.tree.set(opt_state, count=read_progress(run_dir, step).phase_step, **moments)
+
+    def filled(x) -> jax.Array:
+        """Every count in an array of its own, or it could not be donated; those of skipped steps begin at 0."""
+        return x if isinstance(x, jax.Array) else jnp.array(x if isinstance(x, int) else 0, jnp.int32)
+
+    return TrainState(params, jax.tree.map(filled, opt_state))
+
+
+def _moment(directory: Path, name: str) -> OrbaxSource:
+    """One of the moments of a saved step; earlier checkpoints hold both in optimizer/."""
+    own = directory / name
+    return OrbaxSource(own) if own.is_dir() else OrbaxSource(directory / "optimizer", f"{name}.")

@@ -24,8 +24,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 class DataConfig:
     """Where the tokens are and how they were made.
 
-    directory: what train.prepare wrote; if absent it is prepared from sources (none: text that
-    comes with Python) with a tokenizer of vocab_size trained on it, holding out a share of documents.
+    directory: what train.prepare wrote. If absent, a run without --init prepares it with a tokenizer of
+    vocab_size trained on the text, holding out a share of documents: from sources or, at the vocabulary
+    of the demo, from text that comes with Python.
     """
 
     directory: str
@@ -160,8 +161,11 @@ class RunConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        """Raises ValueError for a dtype that is not computed in or a bound below zero."""
+        """Raises ValueError for a dtype that is not computed in or a count that cannot be."""
         _check_choice("compute_dtype", self.compute_dtype, "bfloat16", "float32")
+        for key in ("loss_chunks", "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         if self.micro_batch_tokens < 0:
             raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens} must be at least 0, which sets no bound")
 
@@ -227,22 +231,26 @@ def _replace(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
     """`model.preset` stands for the values of a published model, which the other keys replace."""
-    model = dict(values.get("model", {}))
-    preset = model.pop("preset", None)
-    if preset is None:
+    model = values.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
         return values
-    if preset not in PRESETS:
+    model = dict(model)
+    preset, rope = model.pop("preset"), model.get("rope", {})
+    if not isinstance(rope, dict):
+        raise ValueError("model.rope must be a table")
+    if preset not in tuple(PRESETS):
         raise ValueError(f"unknown model.preset {preset!r}; there are {', '.join(PRESETS)}")
     base = dataclasses.asdict(PRESETS[preset])
-    return values | {"model": base | model | {"rope": base["rope"] | model.get("rope", {})}}
+    return values | {"model": base | model | {"rope": base["rope"] | rope}}
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """A dataclass, tuple, mapping or plain value of the annotated type from what TOML holds."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a table")
+    is_record = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    if (is_record or origin is collections.abc.Mapping) and not isinstance(value, dict):
+        raise ValueError(f"{where} must be a table")
+    if is_record:
         hints = typing.get_type_hints(kind)
         unknown = sorted(value.keys() - hints.keys())
         if unknown:

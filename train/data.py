@@ -5,8 +5,8 @@ all documents as one flat little-endian array, and `SPLIT.offsets`, int64, where
 and the last one ends. No token predicts or attends across documents (The Llama 3 Herd of Models,
 arXiv 2407.21783, section 3.2): segment_ids, positions and loss_mask say where they meet.
 
-The one invariant: row i is a function of (data, seed, seq_len, min_document_tokens, i) alone. So one
-integer is the whole state of a run's data, on any number of processes.
+The one invariant: row i is a function of (data, seed, stage, seq_len, min_document_tokens, i) alone. So
+one integer is the whole state of a stage's data, on any number of processes.
 """
 
 import hashlib
@@ -133,18 +133,19 @@ class PackedRows:
     in a shuffled order, because neighbours are parts of one document, and a batch of them would be
     one long sample.
 
-    Both orders sort by the raw 64-bit draws of Philox, keyed by SeedSequence(seed, spawn_key=(epoch,)):
-    streams that NumPy promises never to change (NEP 19).
+    Both orders sort by the raw 64-bit draws of Philox, keyed by SeedSequence((seed, stage), spawn_key=(epoch,)):
+    streams that NumPy promises never to change (NEP 19). Each stage of a run counts its rows from 0, so that
+    without an order of its own it would begin with what the one before has begun with.
     """
 
-    def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, *, min_document_tokens: int = 0):
-        """Rows from the documents that have at least min_document_tokens tokens.
+    def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, *, stage: int = 0, min_document_tokens: int = 0):
+        """Rows from the documents that have at least min_document_tokens tokens; stage counts from 0.
 
         Raises ValueError if they do not fill one row.
         """
         if seq_len < 1 or seed < 0:
             raise ValueError(f"seq_len={seq_len} must be at least 1 and seed={seed} at least 0")
-        self.dataset, self.seq_len, self.seed = dataset, seq_len, seed
+        self.dataset, self.seq_len, self._key = dataset, seq_len, (seed, stage)
         self._documents = np.flatnonzero(dataset.lengths >= min_document_tokens)
         num_tokens = int(dataset.lengths[self._documents].sum())
         self._num_rows = (num_tokens - 1) // seq_len
@@ -180,7 +181,7 @@ class PackedRows:
 
     def _shuffle(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """The epoch, its documents in order, where each ends when they are laid end to end, and its rows in order."""
-        stream = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
+        stream = np.random.Philox(np.random.SeedSequence(self._key, spawn_key=(epoch,)))
         order = self._documents[np.argsort(stream.random_raw(len(self._documents)), kind="stable")]
         rows = np.argsort(stream.random_raw(self._num_rows), kind="stable")
         return epoch, order, np.cumsum(self.dataset.lengths[order]), rows

@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
@@ -11,15 +12,22 @@ from jax.typing import DTypeLike
 from llama_jax.model import Llama
 from train.data import Batch, TokenDataset, heldout_rows
 from train.device import put_batch
-from train.loss import token_losses
+from train.loss import sequence_chunks, token_losses
+
+# Tokens whose logits a device makes at a time: at a vocabulary of 128,256 they are 1 GiB.
+_TOKENS = 2048
 
 
-@functools.partial(jax.jit, static_argnames="compute_dtype")
-def row_losses(params: Llama, batch: Batch, compute_dtype: DTypeLike) -> Array:
-    """Cross-entropy float32 [B, T] in nats of every token of a batch."""
+@functools.partial(jax.jit, static_argnames=("compute_dtype", "num_chunks"))
+def row_losses(params: Llama, batch: Batch, compute_dtype: DTypeLike, *, num_chunks: int = 1) -> Array:
+    """Cross-entropy float32 [B, T] in nats of every token of a batch, a chunk of the sequence at a time."""
     model = jax.tree.map(lambda w: w.astype(compute_dtype), params)
     x = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
-    return token_losses(model, x, batch.targets, model.output_table())
+    table = model.output_table()
+    chunks = jax.tree.map(lambda a: sequence_chunks(a, num_chunks), (x, batch.targets))
+    losses = jax.lax.map(lambda chunk: token_losses(model, chunk[0], chunk[1], table), chunks)
+    spec = jax.typeof(batch.targets).sharding.spec
+    return jnp.reshape(jnp.moveaxis(losses, 0, 2), batch.targets.shape, out_sharding=spec)
 
 
 def losses_by_position(
@@ -30,13 +38,15 @@ def losses_by_position(
     Raises ValueError if no held-out document reaches seq_len (or min_tokens).
     """
     rows = heldout_rows(dataset, seq_len, count=num_rows, min_document_tokens=min_tokens)
-    share = params.rules.batch_multiple * max(1, 2048 // seq_len)
+    share = params.rules.batch_multiple * max(1, _TOKENS // seq_len)
+    num_chunks = math.gcd(seq_len // params.rules.sequence_multiple, max(1, seq_len // _TOKENS))
     total = np.zeros(seq_len)
     for start in range(0, len(rows.tokens), share):
         part = Batch(*(a[start : start + share] for a in rows))
         filled = Batch(*(np.resize(a, (share, *a.shape[1:])) for a in part))
-        losses = np.asarray(row_losses(params, put_batch(filled, params.rules), compute_dtype), np.float64)
-        total += losses[: len(part.tokens)].sum(axis=0)
+        placed = put_batch(filled, params.rules)
+        losses = row_losses(params, placed, compute_dtype, num_chunks=num_chunks)
+        total += np.asarray(losses, np.float64)[: len(part.tokens)].sum(axis=0)
     return total / len(rows.tokens)
 
 

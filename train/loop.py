@@ -20,15 +20,25 @@ import numpy as np
 from jax.sharding import get_mesh
 
 from llama_jax.config import LlamaConfig
+from llama_jax.entry import say
 from llama_jax.memory import check_program
 from llama_jax.mesh import ShardingRules
 from llama_jax.paths import staged_file
-from train.checkpoints import Progress, read_progress, remove_old_steps, resumed_state, save_step, saved_steps
+from train.checkpoints import (
+    Progress,
+    read_progress,
+    remove_leftovers,
+    remove_old_steps,
+    resumed_state,
+    save_step,
+    saved_steps,
+    write_progress,
+)
 from train.config import PhaseConfig, TrainConfig
 from train.data import Batches, PackedRows, TokenDataset
 from train.device import put_batch
 from train.evaluation import extension_report, format_report, losses_by_position
-from train.metrics import MetricsLog, clock, plot_loss, say
+from train.metrics import MetricsLog, clock, plot_loss
 from train.optimizer import (
     Optimizer,
     StepMetrics,
@@ -39,7 +49,10 @@ from train.optimizer import (
 )
 
 # Ways out for a run that does not fit.
-WAYS = "a smaller model, run.micro_batch_tokens, more devices along fsdp in run.mesh or more run.loss_chunks"
+WAYS = (
+    "a smaller model, run.micro_batch_tokens, more devices along fsdp in run.mesh, more run.loss_chunks or "
+    "optimizer.moment_dtype=bfloat16"
+)
 
 
 def jit_step(
@@ -71,6 +84,7 @@ class Stage:
 
     def train(self, state: TrainState, progress: Progress) -> None:
         """Run the stage to its end, saving as it goes. Ctrl-C saves the step it is at and raises KeyboardInterrupt."""
+        remove_leftovers(self.run_dir)
         self.log = MetricsLog(self.run_dir, progress.step)
         before = self._before(state, progress)
         with _interruptible() as interrupted:
@@ -90,7 +104,11 @@ class Stage:
         phase = self.settings.phases[progress.phase]
         *before, steps = self.settings.phase_steps()[: progress.phase + 1]
         rows = PackedRows(
-            self.train_data, phase.seq_len, self.config.run.seed, min_document_tokens=phase.min_document_tokens
+            self.train_data,
+            phase.seq_len,
+            self.config.run.seed,
+            stage=list(self.config.stage).index(self.name),
+            min_document_tokens=phase.min_document_tokens,
         )
         num_rows = self.settings.phase_rows(phase)
         batches = Batches(rows, num_rows, start_row=progress.row)
@@ -162,7 +180,9 @@ class Stage:
         self.log = MetricsLog(self.run_dir, saved.step)
         self.log.write(step=saved.step, stage=self.name, rolled_back_from=progress.step)
         say(f"stage {self.name}  back from step {progress.step} to {saved.step}, without the data between")
-        return dataclasses.replace(saved, row=progress.row)
+        saved = dataclasses.replace(saved, row=progress.row)
+        write_progress(self.run_dir, saved)  # a run that stops before its next checkpoint leaves them out, too
+        return saved
 
     def _is_logged(self, done: int) -> bool:
         return done % self.config.run.log_every == 0 or done == sum(self.settings.phase_steps())

@@ -56,12 +56,12 @@ def loss_sum(model: Llama, batch: Batch, *, remat: str, num_chunks: int, z_loss:
     def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         return total + chunk_loss(*chunk), None
 
-    chunks = jax.tree.map(lambda a: _chunks(a, num_chunks), (x, batch.targets, batch.loss_mask))
+    chunks = jax.tree.map(lambda a: sequence_chunks(a, num_chunks), (x, batch.targets, batch.loss_mask))
     total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)
     return total, jnp.sum(batch.loss_mask)
 
 
-def _chunks(x: Array, num_chunks: int) -> Array:
+def sequence_chunks(x: Array, num_chunks: int) -> Array:
     """[B, T, ...] -> [N, B, T / N, ...]; every chunk takes each N-th token, so a split of T stays where it is."""
     batch, sequence, *rest = jax.typeof(x).sharding.spec
     shape = (x.shape[0], x.shape[1] // num_chunks, num_chunks, *x.shape[2:])

@@ -1,7 +1,6 @@
-"""What a run leaves to look at: lines on the terminal, metrics.jsonl, and a plot of the loss."""
+"""What a run leaves to look at: metrics.jsonl, and a plot of the loss."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,6 @@ def read_metrics(run_dir: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def say(text: str) -> None:
-    """A line of progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

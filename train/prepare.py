@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import platform
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 
+from llama_jax.entry import run_entry, say
 from llama_jax.paths import as_path, staged_directory
+from llama_jax.progress import progress
 from llama_jax.tokenizer import META_SPECIAL_TOKENS, META_WORDS, Tokenizer, load_tokenizer
 from train import corpus
 from train.data import FORMAT_VERSION, SPLITS, read_metadata
@@ -37,7 +37,7 @@ _CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 # Where a tokenizer lies in its directory, in the order of load_tokenizer, and what that reads beside it.
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
 
@@ -136,9 +136,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
 
 def _tokenizer_files(path: Path) -> dict[str, bytes]:
     """The contents of a tokenizer and of what belongs to it, by the names that they get in a directory."""
-    vocabulary = next((file for file in [path, *(path / name for name in _VOCABULARY_FILES)] if file.is_file()), None)
+    vocabulary = next((file for file in [path, *(path / name for name in VOCABULARY_FILES)] if file.is_file()), None)
     if vocabulary is None:
-        raise ValueError(f"no tokenizer at {path}: expected a file, or a directory with {_VOCABULARY_FILES[:2]}")
+        raise ValueError(f"no tokenizer at {path}: expected a file, or a directory with {VOCABULARY_FILES[:2]}")
     beside = [file for name in _SIDE_FILES if (file := vocabulary.parent / name).is_file()]
     name = "tokenizer.json" if vocabulary.suffix == ".json" else "tokenizer.model"
     return {name: vocabulary.read_bytes()} | {file.name: file.read_bytes() for file in beside}
@@ -156,7 +156,7 @@ def _existing(out: str | Path, inputs: dict) -> dict:
         f"{key} {metadata.get(key)}, not {value}" for key, value in inputs.items() if metadata.get(key) != value
     ]:
         raise FileExistsError(f"{out} was prepared with {'; '.join(other)}; remove it or choose another --out")
-    print(f"{out} already holds this preparation; nothing to do", file=sys.stderr)
+    say(f"{out} already holds this preparation; nothing to do")
     return metadata
 
 
@@ -169,12 +169,16 @@ def _write_split(stem: Path, documents: list[corpus.Document], tokenizer: Tokeni
     dtype = np.dtype(_token_dtype(tokenizer)).newbyteorder("<")
     lengths = np.zeros(len(documents), np.int64)
     sources: dict[str, Counter] = {}
-    with stem.with_suffix(".tokens").open("wb") as shard:
-        for i, document in enumerate(tqdm(documents, desc=stem.name, unit="doc", disable=None)):
+    with (
+        stem.with_suffix(".tokens").open("wb") as shard,
+        progress(len(documents), desc=stem.name, unit=" documents") as bar,
+    ):
+        for i, document in enumerate(documents):
             ids = [*tokenizer.encode(document.text, bos=True), end]
             shard.write(np.array(ids, dtype).tobytes())
             lengths[i] = len(ids)
             sources.setdefault(document.source, Counter()).update(documents=1, tokens=len(ids))
+            bar.update(1)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
     stem.with_suffix(".offsets").write_bytes(offsets.tobytes())
     characters = sum(len(document.text) for document in documents)
@@ -222,7 +226,7 @@ def _summary(out: str, metadata: dict) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exits with status 1 and one line on stderr for what a user can mend."""
+    """The command line."""
     parser = argparse.ArgumentParser("python -m train.prepare", description="Text to token shards for train.pretrain.")
     add = parser.add_argument
     add("sources", nargs="*", metavar="SOURCE", help="text or .jsonl (field text) files; default: what Python ships")
@@ -232,18 +236,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--holdout", type=float, default=DEFAULT_HOLDOUT, help="fraction of documents held out (default %(default)s)")
     add("--json", action="store_true", help="print metadata.json instead of the table")
     options = parser.parse_args(argv)
-    try:
-        metadata = prepare(
-            options.sources,
-            options.out,
-            tokenizer=options.tokenizer,
-            vocab_size=options.vocab_size,
-            holdout=options.holdout,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.prepare: {error}")
+    metadata = prepare(
+        options.sources,
+        options.out,
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        holdout=options.holdout,
+    )
     print(json.dumps(metadata, indent=1) if options.json else _summary(options.out, metadata))
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main)

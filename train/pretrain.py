@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING
 
 import llama_jax
 from llama_jax.devices import describe_run, model_name, open_devices, use_compilation_cache
-from llama_jax.entry import parse_settings, run_entry
+from llama_jax.entry import parse_settings, run_entry, say
 from llama_jax.paths import as_path, make_directory
 from train.config import TrainConfig, read_config
-from train.metrics import say
+
+# What weights come with, and what is made from them must come with, too.
+_LICENCES = ("LICENSE*", "USE_POLICY*", "NOTICE*")
+
+# Tokenizers that agree on this and in size are taken for the same.
+_SAMPLE = "The llamas' 12345 hats, don't\n\n  fa\u00e7ade \u4e16\u754c \U0001f999 "
 
 if TYPE_CHECKING:
     from train.checkpoints import Progress
@@ -46,7 +51,7 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
         model, source = config.stage_model(stage), init or (saved if start.step else f"seed {config.run.seed}")
         say(f"{describe_run(model, mesh, config.run.compute_dtype, source)}: {config.name} stage {stage}")
         _check_memory(config, stage)
-        _prepare_data(config, run_dir)
+        _prepare_data(config, run_dir, init)
         job = Stage(config, stage, run_dir, make_optimizer(config.optimizer, config.stage[stage]))
         job.train(_state(job, start, run_dir, init), start)
 
@@ -65,7 +70,12 @@ def _check_memory(config: TrainConfig, stage: str) -> None:
         num_rows = settings.phase_rows(phase)
         num_rows //= num_micro_batches(num_rows, phase.seq_len, run.micro_batch_tokens, sharding_rules(model))
         needs = training_bytes(
-            model, run.compute_dtype, num_rows=num_rows, seq_len=phase.seq_len, loss_chunks=run.loss_chunks
+            model,
+            run.compute_dtype,
+            num_rows=num_rows,
+            seq_len=phase.seq_len,
+            loss_chunks=run.loss_chunks,
+            moment_dtype=config.optimizer.moment_dtype,
         )
         what = f"training {model_name(model)} at seq_len {phase.seq_len}"
         check_fit(what, needs, get_mesh().devices.flat, ways=WAYS)
@@ -106,21 +116,51 @@ def starting_point(config: TrainConfig, stage: str, run_dir: Path, init: str | N
     return Progress(step=newest.step, tokens=newest.tokens, stage=stage)
 
 
-def _prepare_data(config: TrainConfig, run_dir: Path) -> None:
-    """Prepare the data if they are not there, and put the tokenizer into the run."""
+def _prepare_data(config: TrainConfig, run_dir: Path, init: str | None) -> None:
+    """Prepare the data if they are not there, and put the tokenizer and the licences of init into the run.
+
+    Raises FileNotFoundError for data that a run cannot prepare itself, ValueError for those of another
+    tokenizer than init's.
+    """
+    from llama_jax.checkpoint.formats import open_checkpoint
     from llama_jax.convert import copy_companions
     from train.data import read_metadata
-    from train.prepare import prepare
+    from train.prepare import DEFAULT_VOCAB_SIZE, prepare
 
-    directory = as_path(config.data.directory)
+    data, directory, vocab_size = config.data, as_path(config.data.directory), config.model.vocab_size
+    beside = open_checkpoint(init).companions if init else None
     if not (directory / "metadata.json").exists():
-        prepare(config.data.sources, directory, vocab_size=config.model.vocab_size, holdout=config.data.holdout)
+        if beside or not (data.sources or vocab_size == DEFAULT_VOCAB_SIZE):
+            raise FileNotFoundError(
+                f"{data.directory} is not there; prepare it: python -m train.prepare TEXT... "
+                f"--tokenizer {beside or 'T'} --out {data.directory}"
+            )
+        prepare(data.sources, directory, vocab_size=vocab_size, holdout=data.holdout)
     metadata = read_metadata(directory)
+    if beside:
+        _check_tokenizer(directory, beside)
     splits = {name: split["tokens"] for name, split in metadata["splits"].items()}
     corpus, python = metadata["corpus_hash"][:16], metadata["python_version"]
-    say(f"data {config.data.directory}: {splits} tokens, corpus {corpus}, Python {python}")
+    say(f"data {data.directory}: {splits} tokens, corpus {corpus}, Python {python}")
     make_directory(run_dir)
     copy_companions(directory, run_dir)
+    for file in [file for pattern in _LICENCES for file in beside.glob(pattern)] if beside else []:
+        (run_dir / file.name).write_bytes(file.read_bytes())
+
+
+def _check_tokenizer(data: Path, weights: Path) -> None:
+    """Raise ValueError if the tokenizer that lies beside the weights, if any, is another than that of the data."""
+    from llama_jax.tokenizer import load_tokenizer
+    from train.prepare import VOCABULARY_FILES
+
+    if not any((weights / name).is_file() for name in VOCABULARY_FILES):
+        return
+    ours, theirs = (load_tokenizer(path) for path in (data, weights))
+    if (ours.vocab_size, ours.encode(_SAMPLE)) != (theirs.vocab_size, theirs.encode(_SAMPLE)):
+        raise ValueError(
+            f"{data} was prepared with another tokenizer than that of {weights}; prepare it again with "
+            f"--tokenizer {weights}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

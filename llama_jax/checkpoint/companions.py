@@ -16,7 +16,7 @@ from llama_jax.config import PRESETS, LlamaConfig
 from llama_jax.paths import make_directory
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
-# Files of a checkpoint that are not weights, fetched and carried along.
+# Files of a checkpoint that are not weights, carried along; from the hub only those beside the weights are fetched.
 COMPANION_FILES = (
     "original/tokenizer.model",
     "tokenizer.json",
@@ -36,7 +36,8 @@ _SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 
 _ATTRIBUTION = (
     "Llama {0} is licensed under the Llama {0} Community License, "
-    "Copyright \u00a9 Meta Platforms, Inc. All Rights Reserved."
+    "Copyright \u00a9 Meta Platforms, Inc. All Rights Reserved.\n"
+    "https://www.llama.com/llama{1}/license/\n"
 )
 
 
@@ -72,7 +73,7 @@ def is_llama_3(tokenizer: Tokenizer) -> bool:
 
 
 def write_notice(directory: Path, cfg: LlamaConfig) -> None:
-    """Write NOTICE, the attribution that Meta's licence asks for, beside weights in Meta's form that came without.
+    """Write NOTICE, the attribution that Meta's licence asks for and its address, beside Meta's weights without one.
 
     Only where they are evidently Meta's: the architecture of a published size with the Llama 3
     vocabulary. 70B may be Llama 3.1 or 3.3, so there both sentences stand.
@@ -82,5 +83,5 @@ def write_notice(directory: Path, cfg: LlamaConfig) -> None:
     named = any(any(directory.glob(pattern)) for pattern in ("LICENSE*", "NOTICE*"))
     model = directory / "tokenizer.model"
     if versions and not named and model.exists() and is_llama_3(load_tokenizer(model)):
-        text = "\n".join(map(_ATTRIBUTION.format, versions))
-        (directory / "NOTICE").write_text(text + "\n", encoding="utf-8")
+        text = "".join(_ATTRIBUTION.format(version, version.replace(".", "_")) for version in versions)
+        (directory / "NOTICE").write_text(text, encoding="utf-8")

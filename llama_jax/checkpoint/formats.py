@@ -55,14 +55,19 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | Path, *, overrides: Mapping[str, Any] | None = None, allow_unknown_config: bool = False
+    path: str | Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    allow_unknown_config: bool = False,
+    check: Callable[[LlamaConfig], None] | None = None,
 ) -> Checkpoint:
     """Open a directory, run directory (`runs/x`, `runs/x@12000`) or hub id (`org/name@revision`).
 
-    overrides replaces config fields ({"rope.factor": 32}). Raises ValueError or FileNotFoundError
-    that says what is wrong with what was found.
+    overrides replaces config fields ({"rope.factor": 32}). check is asked about a model of the hub,
+    and may raise, before its weights are fetched. Raises ValueError or FileNotFoundError that says
+    what is wrong with what was found.
     """
-    directory = find_checkpoint(str(path))
+    directory = find_checkpoint(str(path), check)
     metadata: Mapping[str, Any] = {}
     if (directory / MODEL_FILE).exists():
         form, (cfg, metadata) = "orbax", _read_model_file(directory / MODEL_FILE)
@@ -104,8 +109,8 @@ def _open_source(form: Format, directory: Path, cfg: LlamaConfig) -> tuple[Sourc
     return source, source.file_of
 
 
-def find_checkpoint(path: str) -> Path:
-    """The directory of weights that a checkpoint argument names; a hub id is downloaded."""
+def find_checkpoint(path: str, check: Callable[[LlamaConfig], None] | None = None) -> Path:
+    """The directory of weights that a checkpoint argument names; a hub id is downloaded if check lets it."""
     directory = as_path(path)
     if directory.is_dir():
         described = any((directory / name).exists() for name in _DESCRIPTIONS)
@@ -116,7 +121,7 @@ def find_checkpoint(path: str) -> Path:
     if base and as_path(base).is_dir():
         return _find_step(as_path(base), step)
     if _HUB_ID.fullmatch(path):
-        return download(path)
+        return download(path, check)
     raise FileNotFoundError(f"no checkpoint at {path}")
 
 

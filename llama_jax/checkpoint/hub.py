@@ -10,21 +10,26 @@ import fnmatch
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from llama_jax.checkpoint.companions import COMPANION_FILES
 from llama_jax.checkpoint.hf import read_config
+from llama_jax.config import LlamaConfig
+from llama_jax.paths import staged_file
+from llama_jax.progress import progress
 
 _INDEX = "model.safetensors.index.json"
 
 
-def download(hub_id: str) -> Path:
+def download(hub_id: str, check: Callable[[LlamaConfig], None] | None = None) -> Path:
     """The local snapshot of `org/name` or `org/name@revision`: config, safetensors, tokenizer and licence.
 
     What the cache has is not fetched again; where the hub cannot be asked, the cached snapshot is
     used. HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed. Says on stderr what is fetched.
+    check is asked about the model, and may raise, before its weights are fetched.
     Raises FileNotFoundError with the reason, ValueError for a repository that is no Llama in
     safetensors, OSError if the disk has too little room.
     """
@@ -41,15 +46,45 @@ def download(hub_id: str) -> Path:
         snapshot = Path(huggingface_hub.hf_hub_download(name, "config.json", revision=info.sha)).parent
         if _INDEX in files:
             huggingface_hub.hf_hub_download(name, _INDEX, revision=info.sha)
-    read_config(snapshot, allow_unknown=True)
+    cfg, _ = read_config(snapshot, allow_unknown=True)
+    if check:
+        check(cfg)
     wanted = [file for file in files if _is_wanted(file)] + _weight_files(snapshot)
     if absent := [file for file in wanted if file not in files]:
         raise ValueError(f"{hub_id} lacks {', '.join(absent)}, which its {_INDEX} names")
     missing = _check_room(hub_id, [files[file] for file in wanted], snapshot)
-    if not missing or not sys.stderr.isatty():
+    in_a_log = not sys.stderr.isatty()
+    if not missing or in_a_log:
         huggingface_hub.utils.disable_progress_bars()
     with _one_line(hub_id):
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
+        if missing and in_a_log:
+            _fetch(hub_id, snapshot.name, missing)
+        huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=wanted)
+    _remember(snapshot, revision or "main")
+    return snapshot
+
+
+def _fetch(hub_id: str, sha: str, files: list[Any]) -> None:
+    """Fetch files into the cache, eight at a time, and tell after each how much is done."""
+    import huggingface_hub
+
+    def fetch(file: Any) -> int:
+        huggingface_hub.hf_hub_download(_split(hub_id)[0], file.rfilename, revision=sha)
+        return file.size or 0
+
+    total = sum(file.size or 0 for file in files)
+    with progress(total, desc=hub_id) as bar, ThreadPoolExecutor(max_workers=8) as pool:
+        for fetched in as_completed([pool.submit(fetch, file) for file in files]):
+            bar.update(fetched.result())
+
+
+def _remember(snapshot: Path, revision: str) -> None:
+    """Note in the cache which commit a name stands for, as the hub's client does for files asked for by name."""
+    ref, sha = snapshot.parents[1] / "refs" / revision, snapshot.name
+    if revision != sha and not (ref.exists() and ref.read_text() == sha):
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(ref) as staged:
+            staged.write_text(sha)
 
 
 def _split(hub_id: str) -> tuple[str, str | None]:
@@ -107,30 +142,33 @@ def _weight_files(snapshot: Path) -> list[str]:
     if not index.exists():
         return ["model.safetensors"]
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if other := [name for name in names if not isinstance(name, str)]:
+            raise TypeError(f"{other[0]!r} is no name")
+        return sorted(names)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: a JSON object with a weight_map of file names was expected: {error!r}") from None
 
 
-def _check_room(hub_id: str, files: list[Any], snapshot: Path) -> int:
-    """Says what will be fetched, and returns its bytes. Raises OSError if the cache's disk has too little room."""
+def _check_room(hub_id: str, files: list[Any], snapshot: Path) -> list[Any]:
+    """Says what will be fetched, and returns those files. Raises OSError if the cache's disk has too little room."""
     blobs = snapshot.parents[1] / "blobs"  # what another revision has is there under its hash
     missing = [
-        file.size or 0
+        file
         for file in files
         if not (snapshot / file.rfilename).exists()
         and not (blobs / str(file.lfs.sha256 if file.lfs else file.blob_id)).exists()
     ]
+    needed, total = (sum(file.size or 0 for file in listed) for listed in (missing, files))
     free = shutil.disk_usage(snapshot).free
-    if sum(missing) > free:
+    if needed > free:
         raise OSError(
-            f"{hub_id} takes {_gigabytes(sum(missing))} more and {snapshot} has {_gigabytes(free)} free; "
+            f"{hub_id} takes {_gigabytes(needed)} more and {snapshot} has {_gigabytes(free)} free; "
             "make room, or set HF_HOME to a directory on a larger disk"
         )
     if missing:
-        total = _gigabytes(sum(file.size or 0 for file in files))
-        print(f"downloading {hub_id}: {_gigabytes(sum(missing))} of {total} to {snapshot}", file=sys.stderr)
-    return sum(missing)
+        print(f"downloading {hub_id}: {_gigabytes(needed)} of {_gigabytes(total)} to {snapshot}", file=sys.stderr)
+    return missing
 
 
 def _gigabytes(num_bytes: int) -> str:

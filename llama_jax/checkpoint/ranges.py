@@ -1,13 +1,14 @@
 """Files of an object store, which cannot be mapped into memory, read in ranges.
 
 The one invariant: of an array no byte is read outside the rows that are asked for, and none twice by
-devices that ask for columns of the same rows soon after one another.
+devices that ask for columns of the same rows soon after one another. Nothing is kept once a file is done with.
 """
 
 import functools
 import math
 import threading
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ class RemoteFile:
         import tensorstore  # a local file does not need it
 
         self.path = path
-        self.store = tensorstore.KvStore.open(kvstore_spec(path)).result()
+        store = tensorstore.KvStore.open(kvstore_spec(path)).result()
+        self._read = functools.partial(store.read, "")  # what was read is kept under this, so as not to keep the file
+        weakref.finalize(self, _start_read.cache_clear)
 
     def read(self, bounds: Iterable[tuple[int, int]]) -> list[bytes]:
         """The bytes from each start to its stop, all asked for at once. Raises OSError if they cannot be read."""
         with _lock:  # else two threads that want the same would read it twice
-            started = [(_start_read(self, start, stop), start, stop) for start, stop in bounds]
+            started = [(_start_read(self._read, start, stop), start, stop) for start, stop in bounds]
         return [self._finish(*read) for read in started]
 
     def _finish(self, future: Any, start: int, stop: int) -> bytes:
@@ -48,8 +51,8 @@ class RemoteFile:
 
 
 @functools.lru_cache(maxsize=_MAX_KEPT)
-def _start_read(file: RemoteFile, start: int, stop: int) -> Any:
-    return file.store.read("", byte_range=slice(start, stop))
+def _start_read(read: Callable[..., Any], start: int, stop: int) -> Any:
+    return read(byte_range=slice(start, stop))
 
 
 class RemoteArray:
