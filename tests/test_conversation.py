@@ -51,8 +51,10 @@ class Parrot:
         request.result.tokens, request.result.finish_reason = text.split(), "length" if text == "cut" else "stop"
 
 
+# A shell without job control starts what runs in its background with Ctrl-C ignored, which is inherited.
 ON_A_TERMINAL = """
-import fcntl, termios
+import fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 """
 TALK = f"""{ON_A_TERMINAL}
