@@ -107,13 +107,12 @@ def circle(graph: dict[str, list[str]]) -> list[str]:
     return next(filter(None, (walk(module, []) for module in graph)), [])
 
 
-def report(violations) -> None:
-    listed = "\n".join(violations)
-    assert not listed, f"\n{listed}"
+def listed(violations) -> str:
+    return "\n".join(violations)
 
 
 def test_every_import_comes_from_a_lower_floor_or_its_own():
-    report(line for module, path in MODULES.items() for line in floor_violations(module, parsed(path)))
+    assert not listed(line for module, path in MODULES.items() for line in floor_violations(module, parsed(path)))
 
 
 def test_no_imports_form_a_circle():
@@ -170,7 +169,9 @@ def over(limit: int, sizes: Callable[[Path], Iterator[tuple[str, int]]], paths: 
 
 
 def test_no_file_is_longer_than_400_lines():
-    report(over(400, lambda path: iter([("", len(path.read_text(encoding="utf-8").splitlines()))]), EVERY_SOURCE))
+    assert not listed(
+        over(400, lambda path: iter([("", len(path.read_text(encoding="utf-8").splitlines()))]), EVERY_SOURCE)
+    )
 
 
 @pytest.mark.parametrize(("limit", "folders"), [(50, (*PACKAGES, "benchmarks")), (60, ("tests",))])
@@ -178,18 +179,18 @@ def test_no_function_is_too_long(limit, folders):
     def lengths(path):
         return ((f":{f.lineno} {f.name}", (f.end_lineno or 0) - f.lineno + 1) for f in functions(parsed(path)))
 
-    report(over(limit, lengths, sources(*folders)))
+    assert not listed(over(limit, lengths, sources(*folders)))
 
 
 def test_no_function_has_more_than_8_parameters():
     def counts(path):
         return ((f":{f.lineno} {f.name}", num_parameters(f)) for f in functions(parsed(path)))
 
-    report(over(8, counts, EVERY_SOURCE))
+    assert not listed(over(8, counts, EVERY_SOURCE))
 
 
 def test_code_is_ascii():
-    report(
+    assert not listed(
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in EVERY_SOURCE
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
@@ -221,7 +222,7 @@ def test_every_setting_is_read_outside_its_own_class(path):
     if not (ROOT / path).exists():
         pytest.skip(f"{path} is not there")
     everywhere = {p: set(reads(parsed(p))) for p in sources(*PACKAGES) if p != ROOT / path}
-    report(
+    assert not listed(
         f"{path}: nothing reads {node.name}.{field}"
         for node, field in settings(parsed(ROOT / path))
         if not any(field in names for names in everywhere.values())
@@ -255,7 +256,7 @@ def missing(text: str, folder: Path) -> Iterator[str]:
 
 
 def test_documents_mention_files_and_commands_that_exist():
-    report(
+    assert not listed(
         f"{path.relative_to(ROOT)}: there is no {what}"
         for path in DOCUMENTS
         for what in missing(path.read_text(encoding="utf-8"), path.parent)
@@ -273,7 +274,7 @@ MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/|pypi\.[o]rg|python[h
 def test_no_file_names_a_machine_or_a_package_registry():
     folders = (*PACKAGES, "tests", "benchmarks", "configs", "docs", "constraints", ".ci")
     paths = [*ROOT.glob("*"), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
-    report(
+    assert not listed(
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in sorted(paths)
         if path.is_file() and path.suffix in ("", ".md", ".py", ".toml", ".txt")
