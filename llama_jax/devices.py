@@ -7,7 +7,6 @@ and not before.
 
 import contextlib
 import importlib.util
-import math
 import os
 import shlex
 import sys
@@ -214,15 +213,10 @@ def device_holders(files: list[Path], root: Path = Path("/")) -> dict[int, str]:
 
 def describe_run(cfg: LlamaConfig, mesh: "Mesh", dtype: Any, where: str) -> str:
     """The line that a run begins with: "4 x TPU v4, tensor=4, bfloat16, llama3.1-8b from models/8b"."""
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {_split(mesh)}, {dtype}, {model_name(cfg)} from {where}"
+    from llama_jax.mesh import mesh_text
 
-
-def _split(mesh: "Mesh") -> str:
-    from llama_jax.mesh import AXES, tensor_axes
-
-    sizes = {axis: mesh.shape[axis] for axis in AXES[:3]}
-    sizes["tensor"] = math.prod(mesh.shape[axis] for axis in tensor_axes(mesh))
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "tensor=1"
+    kind = mesh.devices.flat[0].device_kind
+    return f"{mesh.size} x {kind}, {mesh_text(mesh)}, {dtype}, {model_name(cfg)} from {where}"
 
 
 def model_name(cfg: LlamaConfig) -> str:

@@ -115,6 +115,13 @@ def tensor_axes(mesh: Mesh | AbstractMesh) -> MeshAxes:
     return tuple(name for name in mesh.axis_names if name.startswith("tensor"))
 
 
+def mesh_text(mesh: Mesh | AbstractMesh) -> str:
+    """Every axis with more than one device, as `parse_mesh` takes them: "data=2,tensor=4"."""
+    sizes = {axis: mesh.shape[axis] for axis in AXES[:3]}
+    sizes["tensor"] = math.prod(mesh.shape[axis] for axis in tensor_axes(mesh))
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "tensor=1"
+
+
 def legal_tensor_sizes(cfg: LlamaConfig, limit: int) -> list[int]:
     """Sizes up to limit that `tensor` may have for this model: what divides its heads."""
     return [

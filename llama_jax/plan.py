@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh, get_mesh
 
 from llama_jax.memory import bytes_left
-from llama_jax.mesh import AXES, tensor_axes
+from llama_jax.mesh import mesh_text
 from llama_jax.program import Collective, Program, read_program
 from llama_jax.slices import GIB, Device, Slice, wraps
 
@@ -89,13 +89,6 @@ def plan(lowered: jax.stages.Lowered, target: Slice, *, parts: Mapping[str, int]
         compile_seconds=time.perf_counter() - began,
         **done,
     )
-
-
-def mesh_text(mesh: Mesh) -> str:
-    """Every axis of a mesh with more than one device, as --mesh takes them."""
-    sizes = {axis: mesh.shape[axis] for axis in AXES[:3]}
-    sizes["tensor"] = math.prod(mesh.shape[axis] for axis in tensor_axes(mesh))
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "fsdp=1"
 
 
 def _capacity(target: Slice) -> int:
