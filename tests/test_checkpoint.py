@@ -5,9 +5,6 @@ import json
 import math
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,10 +17,9 @@ import torch
 import llama_jax
 from llama_jax.checkpoint.formats import open_checkpoint
 from llama_jax.checkpoint.safetensors import SafetensorsDirectory
+from tests.processes import free_address, outputs, start_python
 from tests.reference import hf_model, relative_error, save_hf
 from tests.tiny import TINY
-
-ROOT = Path(__file__).parents[1]
 
 # tensor=4 pads the vocabulary, and takes two of the four query heads of each of three KV heads.
 ODD = dataclasses.replace(TINY, vocab_size=131, num_layers=2, embed_dim=96, num_heads=24, num_kv_heads=6, head_dim=4)
@@ -316,25 +312,6 @@ def test_saving_refuses_an_unknown_format_and_a_full_directory(hf, tmp_path):
 # Processes of their own
 
 
-def start_python(code: str, *args) -> subprocess.Popen:
-    """A fresh Python with this project, on CPU."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def outputs(*processes: subprocess.Popen) -> list:
-    """What each printed as JSON; fails with what any wrote to stderr."""
-    try:
-        results = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * len(processes), [errors for _, errors in results]
-    return [json.loads(printed.splitlines()[-1]) for printed, _ in results]  # gloo prints a line of its own
-
-
 WITHOUT_A_MESH = """
 import json, sys
 import jax
@@ -384,9 +361,7 @@ print(json.dumps(results))
 
 
 def test_each_of_two_processes_reads_only_the_slices_that_its_devices_hold(hf):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     first, second = outputs(*(start_python(TWO_PROCESSES, address, i, hf["float32"]) for i in range(2)))
     row = 4 * ODD.embed_dim
     norms = row * (2 * ODD.num_layers + 1)  # replicated

@@ -23,8 +23,9 @@ from llama_jax.checkpoint.safetensors import write_sharded
 from llama_jax.checkpoint.source import TensorSpec
 from llama_jax.convert import convert, main
 from llama_jax.entry import parse_settings, run_entry
+from tests.processes import ROOT, outputs, start_python
 from tests.reference import hf_logits, hf_model, relative_error, save_hf
-from tests.test_checkpoint import ODD, ROOT, TOKENS, bits, logits, outputs, rewrite, start_python
+from tests.test_checkpoint import ODD, TOKENS, bits, logits, rewrite
 
 EVEN = dataclasses.replace(ODD, vocab_size=132)  # for two shards
 

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,9 +18,9 @@ from llama_jax.checkpoint import layout, load_opened, open_checkpoint
 from llama_jax.checkpoint.layout import reading_spec
 from llama_jax.checkpoint.safetensors import num_bytes
 from llama_jax.model import Llama
+from tests.processes import free_address, outputs, start_python
 from tests.tiny import TINY
 
-ROOT = Path(__file__).parents[1]
 CONFIG = dataclasses.replace(TINY, num_layers=2, head_dim=8)
 LAYOUTS = ("stacked", "layers")
 
@@ -189,24 +185,8 @@ def test_four_processes_read_each_byte_once_and_hold_their_parts(saved, arrays):
         np.savez(directory / f"{name}.npz", **arrays[name])
     cases = [("hf", mesh, name) for mesh in ("data=4", "fsdp=4", "tensor=4", "data=2,tensor=2") for name in LAYOUTS]
     cases += [(form, "data=2,fsdp=2", "layers") for form in ("meta", "orbax")]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", FOUR_PROCESSES, address]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen([*command, str(i), str(directory), json.dumps(cases)], env=environment, **pipes)
-        for i in range(4)
-    ]
-    try:
-        printed = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * 4, [errors[-2000:] for _, errors in printed]
-    results = [json.loads(text.splitlines()[-1]) for text, _ in printed]  # gloo prints a line of its own
+    address, asked = free_address(), json.dumps(cases)
+    results = outputs(*(start_python(FOUR_PROCESSES, address, i, directory, asked) for i in range(4)))
     weights = 4 * CONFIG.num_params()
     norms = 4 * CONFIG.embed_dim * (2 * CONFIG.num_layers + 1)  # read by each
     for case, *processes in zip(cases, *results, strict=True):

@@ -1,0 +1,36 @@
+"""Python processes of their own, for tests of several processes and of what a fresh one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_address() -> str:
+    """A port of this machine where processes can meet."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def start_python(code: str, *args) -> subprocess.Popen:
+    """A fresh Python with this project, on CPU."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outputs(*processes: subprocess.Popen) -> list:
+    """What each printed as JSON; fails with what any wrote to stderr."""
+    try:
+        results = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * len(processes), [errors for _, errors in results]
+    return [json.loads(printed.splitlines()[-1]) for printed, _ in results]  # gloo prints a line of its own
