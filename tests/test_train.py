@@ -62,6 +62,7 @@ batch_tokens = 128
 learning_rate = 1e-2
 final_learning_rate = 1e-3
 warmup_steps = 2
+rope_factor = 1.0
 [stage.2]
 phases = [{ seq_len = 64, tokens = 512 }, { seq_len = 256, tokens = 512, min_document_tokens = 256 }]
 batch_tokens = 256

@@ -8,6 +8,7 @@ import collections.abc
 import dataclasses
 import math
 import tomllib
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,11 +28,19 @@ class DataConfig:
     directory: what train.prepare wrote. If absent, a run without --init prepares it with a tokenizer of
     vocab_size trained on the text, holding out a share of documents: from sources or, at the vocabulary
     of the demo, from text that comes with Python.
+
+    mixture: share of the rows by source, for the stages that have none of their own; without any, sources
+    are read in proportion to their tokens. The source "recall" is synthetic (see train/recall.py).
     """
 
     directory: str
     sources: tuple[str, ...] = ()
     holdout: float = 0.05
+    mixture: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        """Raises ValueError for shares that do not add up."""
+        check_mixture(self.mixture)
 
 
 @dataclass(frozen=True)
@@ -87,12 +96,63 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True)
+class LengthWeight:
+    """Documents of at_least so many tokens come weight times an epoch; 2.5 is twice or three times."""
+
+    at_least: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class MixtureChange:
+    """Another mixture from the step that begins with this many of the stage's tokens behind it."""
+
+    after_tokens: int
+    mixture: Mapping[str, float]
+
+    def __post_init__(self):
+        """Raises ValueError for shares that do not add up."""
+        check_mixture(self.mixture)
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """When a longer context counts as learned (Llama 3 report, section 3.4.2); checked at the end of each phase.
+
+    The held-out loss at the short context is at most short_tolerance nats above what it was before the stage,
+    a share `needles` of num_keys keys at num_depths depths is found at the new length and at half of it, and the
+    loss at the positions that are new has fallen since the phase began. A phase that fails trains on for
+    retry_tokens and is asked again; after max_retries the run stops with a report.
+    """
+
+    short_tolerance: float = 0.01
+    needles: float = 1.0
+    num_keys: int = 4
+    num_depths: int = 5
+    retry_tokens: int = 0
+    max_retries: int = 5
+
+    def __post_init__(self):
+        """Raises ValueError for a share above 1 or a count that cannot be."""
+        if not 0 <= self.needles <= 1:
+            raise ValueError(f"needles={self.needles} is not a share from 0 to 1")
+        if self.num_keys < 1 or self.num_depths < 1 or self.retry_tokens < 0 or self.max_retries < 0:
+            raise ValueError("num_keys and num_depths count from 1, retry_tokens and max_retries from 0")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage: phases one after the other under one learning-rate schedule.
 
+    mixture: share of the rows by source, {} for data.mixture; mixture_changes: others from a count of
+    tokens on. length_weights: by source, how often its longer documents come. gate: what a longer context must
+    show before the run goes on. average: keep the mean of the stage's checkpoints (Polyak averaging),
+    which is `RUN_DIR@average`.
+
     The rate rises linearly for warmup_steps to learning_rate and falls, along a "cosine" or in a
     "linear" line, to final_learning_rate at step decay_steps, 0 for the stage's last. rope_factor is
-    the Llama 3.1 RoPE scaling that the stage trains with, mesh its mesh, "" for run.mesh.
+    the Llama 3.1 RoPE scaling that the stage trains with, 0 for that of what it starts from; mesh its mesh,
+    "" for run.mesh; save_every its steps between checkpoints, 0 for run.save_every.
     """
 
     phases: tuple[PhaseConfig, ...]
@@ -102,12 +162,19 @@ class StageConfig:
     schedule: str = "cosine"
     warmup_steps: int = 0
     decay_steps: int = 0
-    rope_factor: float = 1.0
+    rope_factor: float = 0.0
     mesh: str = ""
+    save_every: int = 0
+    mixture: Mapping[str, float] = field(default_factory=dict)
+    mixture_changes: tuple[MixtureChange, ...] = ()
+    length_weights: Mapping[str, tuple[LengthWeight, ...]] = field(default_factory=dict)
+    gate: GateConfig | None = None
+    average: bool = False
 
     def __post_init__(self):
         """Raises ValueError for no phase, a batch that does not hold whole rows, or rates that cannot be."""
         _check_choice("schedule", self.schedule, "cosine", "linear")
+        check_mixture(self.mixture)
         if not self.phases:
             raise ValueError("phases is empty; a stage trains in at least one")
         phases = [dataclasses.replace(p, batch_tokens=p.batch_tokens or self.batch_tokens) for p in self.phases]
@@ -120,8 +187,9 @@ class StageConfig:
                 f"learning_rate={self.learning_rate} must be positive and final_learning_rate="
                 f"{self.final_learning_rate} between 0 and it"
             )
-        if self.warmup_steps < 0 or self.decay_steps < 0:
-            raise ValueError(f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} count from 0")
+        for key in ("warmup_steps", "decay_steps", "save_every"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 0")
 
     def phase_rows(self, phase: PhaseConfig) -> int:
         """Rows of a batch in this phase."""
@@ -159,6 +227,8 @@ class RunConfig:
     eval_rows: int = 32
     save_every: int = 500
     keep_checkpoints: int = 2
+    trackers: tuple[str, ...] = ("tensorboard",)
+    watchdog_seconds: float = 600.0
 
     def __post_init__(self):
         """Raises ValueError for a dtype that is not computed in or a count that cannot be."""
@@ -183,7 +253,9 @@ class TrainConfig:
 
     def stage_model(self, stage: str) -> LlamaConfig:
         """The architecture that a stage trains: its RoPE scaling, and the longest context up to it."""
-        cfg = set_field(self.model, "rope.factor", self.stage[stage].rope_factor)
+        cfg, factor = self.model, self.stage[stage].rope_factor
+        if factor:
+            cfg = set_field(cfg, "rope.factor", factor)
         stages = [*takewhile(stage.__ne__, self.stage), stage]
         longest = max(phase.seq_len for name in stages for phase in self.stage[name].phases)
         return dataclasses.replace(cfg, max_seq_len=longest)
@@ -250,6 +322,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     is_record = isinstance(kind, type) and dataclasses.is_dataclass(kind)
     if (is_record or origin is collections.abc.Mapping) and not isinstance(value, dict):
         raise ValueError(f"{where} must be a table")
+    if origin is types.UnionType:  # X | None: what is there is an X
+        return _build(args[0], value, where)
     if is_record:
         hints = typing.get_type_hints(kind)
         unknown = sorted(value.keys() - hints.keys())
@@ -276,6 +350,13 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{where}={value!r} must be of type {kind.__name__}")
     return value
+
+
+def check_mixture(mixture: Mapping[str, float]) -> None:
+    """Raise ValueError if shares are negative or do not sum to 1; none at all are allowed."""
+    if mixture and (min(mixture.values()) < 0 or not math.isclose(sum(mixture.values()), 1.0, abs_tol=1e-6)):
+        given = ", ".join(f"{name}={share:g}" for name, share in mixture.items())
+        raise ValueError(f"the mixture {given} sums to {sum(mixture.values()):g}; expected shares from 0 that sum to 1")
 
 
 def _check_choice(key: str, value: str, *choices: str) -> None:
