@@ -232,6 +232,13 @@ class Engine:
             self._compiled[key] = compiled
         return self._compiled[key](*args)
 
+    def lower(self, requests: Sequence[Request]) -> tuple[jax.stages.Lowered, jax.stages.Lowered, tuple]:
+        """Prefill and decode of a batch as `run` compiles them, and the abstract caches between; nothing is run."""
+        tokens, state, num_slots = self._padded(requests)
+        prefill = self._prefill.lower(self._weights, tokens, state, num_slots=num_slots)
+        state, caches, *_ = jax.eval_shape(partial(self._prefill, num_slots=num_slots), self._weights, tokens, state)
+        return prefill, self._decode.lower(self._weights, state, caches, np.ones(len(tokens), bool)), caches
+
     @property
     def num_compiled(self) -> int:
         """How many programs have been compiled: two for each new bucket of shapes."""

@@ -59,6 +59,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--plan", metavar="SLICE", help="compile for a slice, e.g. v5e:2x4, report and stop; C may be a preset's name"
     )
+    parser.add_argument(
+        "--plan-seconds", type=float, default=600.0, metavar="S", help="to find a mesh where none is given: %(default)s"
+    )
+    parser.add_argument("--hlo", metavar="F", help="with --plan: write the compiled decode there, and prefill to F.2")
     add_sampling_options(parser)
     add_model_options(parser)
     args = parser.parse_intermixed_args(argv, argparse.Namespace(max_new_tokens=None))

@@ -8,13 +8,14 @@ cpu:8 is what the engine runs on eight CPU devices.
 
 import argparse
 import dataclasses
-import functools
 import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -25,13 +26,30 @@ from llama_jax.config import PRESETS, LlamaConfig, set_field
 from llama_jax.devices import model_name, use_compilation_cache
 from llama_jax.entry import parse_settings, say
 from llama_jax.memory import bytes_a_device, weight_bytes
-from llama_jax.mesh import inference_mesh_spec, use_mesh
+from llama_jax.mesh import inference_mesh_spec, legal_tensor_sizes
 from llama_jax.model import Llama
-from llama_jax.plan import Plan, gib, plan, rows, table
-from llama_jax.slices import Slice, open_slice, parse_slice, smallest_slice
+from llama_jax.plan import Plan, Terms, gib, plan, rows, table, try_each
+from llama_jax.program import Buffer
+from llama_jax.slices import Slice, all_slices, parse_slice, smallest_slice, use_slice
 
 # Context that is planned for where none is asked for and the model has more.
 CONTEXT = 8192
+
+_NUM_BEST = 5
+
+# Contexts are advised in whole multiples of it.
+_CONTEXT_STEP = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is served: batch prompts at a time, each of prompt_tokens that go on to the end of the context."""
+
+    cfg: LlamaConfig
+    dtype: DTypeLike
+    batch: int
+    prompt_tokens: int
+    context: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +59,33 @@ class GenerationPlan:
     largest_batch: prompts at a time at this context. largest_context: tokens a prompt at this batch,
     at most the model's. For both all that is not weights is taken to grow in proportion.
     decode_read_seconds: to read weights and cache once at the memory's full bandwidth; None on CPUs.
+    best: meshes that were tried, the best first.
     """
 
+    slice: str
+    chips: int
+    mesh: str
     fits: bool
     dtype: str
     batch: int
     context: int
+    hbm_capacity_bytes: int
+    hbm_peak_bytes: int
     weights_bytes: int
     cache_bytes: int
     decode_read_bytes: int
     decode_read_seconds: float | None
     tokens_per_second: float | None
+    tokens_per_dollar: float | None
     largest_batch: int
     largest_context: int
-    advice: str | None
+    host_ram_to_load_bytes: int
+    disk_bytes: int
+    compile_seconds: float
     prefill: Plan
     decode: Plan
+    advice: str | None = None
+    best: tuple[str, ...] = ()
 
 
 def print_plan(args: argparse.Namespace) -> None:
@@ -68,14 +97,19 @@ def print_plan(args: argparse.Namespace) -> None:
     cfg, dtype = _model(args, target)
     context = args.max_seq_len or min(cfg.max_seq_len, CONTEXT)
     new_tokens = min(args.max_new_tokens, context - 1)
-    batch = max(1, len(args.prompts))
-    found = plan_generation(
-        cfg, target, mesh=args.mesh, dtype=dtype, batch=batch, prompt_tokens=context - new_tokens, context=context
-    )
-    if args.json:
-        print(json.dumps(dataclasses.asdict(found)))
+    work = Workload(cfg, dtype, max(1, len(args.prompts)), context - new_tokens, context)
+    use_compilation_cache()
+    hlo = Path(args.hlo) if args.hlo else None
+    if args.mesh:
+        found = plan_generation(work, target, args.mesh, hlo=hlo)
     else:
-        print(table(_lines(cfg, found)))
+        tried = search(work, target, seconds=args.plan_seconds)
+        found = dataclasses.replace(tried[0][1], best=tuple(summary(found) for _, found in tried[:_NUM_BEST]))
+        if hlo is not None:
+            plan_generation(work, target, found.mesh, hlo=hlo)
+    if not found.fits:
+        found = dataclasses.replace(found, advice=advice(work, target, found))
+    print(json.dumps(dataclasses.asdict(found)) if args.json else table(_lines(cfg, found)))
 
 
 def _model(args: argparse.Namespace, target: Slice) -> tuple[LlamaConfig, DTypeLike]:
@@ -92,31 +126,62 @@ def _model(args: argparse.Namespace, target: Slice) -> tuple[LlamaConfig, DTypeL
     return cfg, args.dtype or ("float32" if target.kind == "cpu" else stored)
 
 
-def plan_generation(
-    cfg: LlamaConfig,
-    target: Slice,
-    *,
-    mesh: str | None,
-    dtype: DTypeLike,
-    batch: int,
-    prompt_tokens: int,
-    context: int,
-) -> GenerationPlan:
-    """Compile prefill and decode of a batch of prompts that go on to the end of the context."""
-    if target.num_slices > 1:
-        raise ValueError(f"{target}: a mesh over several slices is not built yet; plan one of them")
-    use_compilation_cache()
-    devices = open_slice(target)
-    num_local = sum(device.process_index == devices[0].process_index for device in devices)
-    with use_mesh(mesh or inference_mesh_spec(cfg, len(devices), num_local), devices):
-        model = abstract_model(cfg, dtype)
-        engine = Engine(model, max_seq_len=context, max_batch_size=max(batch, 64), steps_per_dispatch=1)
-        say(f"compiling {model_name(cfg)}, {batch} x {context} tokens, for {target}")
-        prefill, decode, caches = _programs(engine, batch, prompt_tokens, context)
-        weights, cache = weight_bytes(cfg, dtype), bytes_a_device(caches)
-        parts = {"weights": weights}
-        found = plan(prefill, target, parts=parts), plan(decode, target, parts=parts | {"cache": cache})
-        return _generation_plan(model, target, *found, caches=caches, batch=batch, context=context)
+def search(work: Workload, target: Slice, *, seconds: float) -> list[tuple[str, GenerationPlan]]:
+    """Plans of the mesh that a run would take and of others, within about so many seconds, the best first.
+
+    Raises ValueError if the slice cannot hold the weights.
+    """
+    size, capacity = jnp.dtype(work.dtype).itemsize, target.chip.hbm_bytes or math.inf
+    weights = size * work.cfg.num_params()
+    if weights > capacity * target.num_chips:
+        enough = smallest_slice(target.kind, weights)
+        raise ValueError(
+            f"{model_name(work.cfg)}: weights are {gib(weights)}, and {target} has {target.num_chips} x "
+            f"{gib(capacity)}; the smallest slice that holds them is {enough}"
+        )
+    own = inference_mesh_spec(work.cfg, target.num_chips, target.chips_per_host)
+    slices = 1 if target.is_gpu else target.num_slices
+
+    def meshes(_: list) -> Iterator[str]:
+        yield own
+        for tensor in reversed(legal_tensor_sizes(work.cfg, target.num_chips // slices)):
+            mesh = f"data={target.num_chips // tensor},tensor={tensor}"
+            divides = target.num_chips % (tensor * slices) == 0
+            if divides and mesh != own and weights / tensor <= capacity:
+                yield mesh
+
+    return try_each(
+        meshes, lambda mesh: plan_generation(work, target, mesh), seconds=seconds, rank=rank, summary=summary
+    )
+
+
+def rank(found: GenerationPlan) -> tuple[bool, float, int]:
+    """The better plan has the lower one: it fits, its decode step is fast, it needs little memory."""
+    seconds = found.decode.estimated_step_seconds or found.decode_read_seconds or math.inf
+    return not found.fits, seconds, found.hbm_peak_bytes
+
+
+def summary(found: GenerationPlan) -> str:
+    """A plan in a few words."""
+    speed = found.decode.estimated_step_seconds
+    step = "" if speed is None else f"{1e3 * speed:.3g} ms a token, "
+    verdict = "" if found.fits else "does NOT fit, "
+    return f"{found.mesh}: {verdict}{step}{gib(found.hbm_peak_bytes)} of {gib(found.hbm_capacity_bytes)}"
+
+
+def plan_generation(work: Workload, target: Slice, mesh: str, *, hlo: Path | None = None) -> GenerationPlan:
+    """Compile prefill and decode; hlo is where the text of decode goes, and beside it, as .2, that of prefill."""
+    with use_slice(target, mesh):
+        model = abstract_model(work.cfg, work.dtype)
+        engine = Engine(model, max_seq_len=work.context, max_batch_size=max(work.batch, 64), steps_per_dispatch=1)
+        say(f"compiling {model_name(work.cfg)}, {work.batch} x {work.context} tokens, {mesh}, for {target}")
+        params = SamplingParams(max_new_tokens=work.context - work.prompt_tokens)
+        requests = engine.requests([[0] * work.prompt_tokens] * work.batch, params)
+        prefill, decode, caches = engine.lower(requests)
+        parts, terms = {"weights": weight_bytes(work.cfg, work.dtype)}, model_terms(model, caches)
+        first = plan(prefill, target, parts=parts, terms=terms, hlo=hlo and hlo.with_name(f"{hlo.name}.2"))
+        after = plan(decode, target, parts=parts | {"cache": bytes_a_device(caches)}, terms=terms, hlo=hlo)
+        return _generation_plan(work, model, target, first, after, caches=caches)
 
 
 def abstract_model(cfg: LlamaConfig, dtype: DTypeLike) -> Llama:
@@ -125,63 +190,105 @@ def abstract_model(cfg: LlamaConfig, dtype: DTypeLike) -> Llama:
     return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype), sharding=w.sharding), model)
 
 
-def _programs(engine: Engine, batch: int, prompt_tokens: int, context: int) -> tuple[Any, Any, Any]:
-    """The engine's prefill and decode, lowered, and the caches between them."""
-    params = SamplingParams(max_new_tokens=context - prompt_tokens)
-    tokens, state, num_slots = engine._padded(engine.requests([[0] * prompt_tokens] * batch, params))
-    weights = engine._weights
-    prefill = engine._prefill.lower(weights, tokens, state, num_slots=num_slots)
-    run = functools.partial(engine._prefill, num_slots=num_slots)
-    state, caches, *_ = jax.eval_shape(run, weights, tokens, state)
-    return prefill, engine._decode.lower(weights, state, caches, np.ones(len(tokens), bool)), caches
+def model_terms(model: Llama, caches: Any) -> Terms:
+    """What the arrays of both programs are in terms of the model, known by how many values a device holds of them."""
+    names: dict[int, str] = {math.prod(caches[0].k.sharding.shard_shape(caches[0].k.shape)): "a layer's keys or values"}
+    for path, leaf in jax.tree.leaves_with_path(model):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        parts = ["layers" if part.isdecimal() else part for part in name.split(".")]
+        names.setdefault(math.prod(leaf.sharding.shard_shape(leaf.shape)), f"a weight {'.'.join(dict.fromkeys(parts))}")
+
+    def terms(buffer: Buffer) -> str | None:
+        name = "logits" if model.embedding.shape[0] in buffer.dims[-1:] else names.get(math.prod(buffer.dims))
+        return name and f"{name} ({buffer.kind})"
+
+    return terms
 
 
 def _generation_plan(
-    model: Llama, target: Slice, prefill: Plan, decode: Plan, *, caches: Any, batch: int, context: int
+    work: Workload, model: Llama, target: Slice, prefill: Plan, decode: Plan, *, caches: Any
 ) -> GenerationPlan:
     weights, cache = decode.parts["weights"], decode.parts["cache"]
     num_rows, _, num_slots, _ = caches[0].k.shape
     looked_up = 0 if model.head is None else bytes_a_device(model.embedding)
-    read = weights - looked_up + cache
-    growing = max(prefill.hbm_peak_bytes, decode.hbm_peak_bytes) - weights
-    growth = max(0, decode.hbm_capacity_bytes - weights) / growing
-    bandwidth, multiple = target.chip.hbm_bandwidth, model.rules.batch_multiple
-    seconds = read / bandwidth if bandwidth else None
-    fits, shorter = prefill.fits and decode.fits, min(model.cfg.max_seq_len, int(growth * num_slots))
-    enough = smallest_slice(target.kind, (weights + cache) * decode.chips)
-    ways = [f"--max-seq-len {shorter}"] if shorter > 1 else []
-    ways += [f"{enough} or larger"] if enough and enough.num_chips > decode.chips else ["more chips along tensor"]
+    read, peak = weights - looked_up + cache, max(prefill.hbm_peak_bytes, decode.hbm_peak_bytes)
+    growth = max(0, decode.hbm_capacity_bytes - weights) / (peak - weights)
+    seconds = read / target.chip.hbm_bandwidth if target.chip.hbm_bandwidth else None
+    speed, price = seconds and work.batch / seconds, target.chip.price * decode.chips
+    largest_part = max(map(bytes_a_device, jax.tree.leaves(model)))
+    multiple = model.rules.batch_multiple
     return GenerationPlan(
-        fits=fits,
+        slice=str(target),
+        chips=decode.chips,
+        mesh=decode.mesh,
+        fits=prefill.fits and decode.fits,
         dtype=str(caches[0].k.dtype),
-        batch=batch,
-        context=context,
+        batch=work.batch,
+        context=work.context,
+        hbm_capacity_bytes=decode.hbm_capacity_bytes,
+        hbm_peak_bytes=peak,
         weights_bytes=weights,
         cache_bytes=cache,
         decode_read_bytes=read,
         decode_read_seconds=seconds,
-        tokens_per_second=batch / seconds if seconds else None,
+        tokens_per_second=speed,
+        tokens_per_dollar=speed and speed * 3600 / price,
         largest_batch=int(growth * num_rows) // multiple * multiple,
-        largest_context=shorter,
-        advice=None if fits else " or ".join(ways),
+        largest_context=min(model.cfg.max_seq_len, int(growth * num_slots)),
+        host_ram_to_load_bytes=largest_part * min(decode.chips, target.chips_per_host),
+        disk_bytes=jnp.dtype(work.dtype).itemsize * work.cfg.num_params(),
+        compile_seconds=prefill.compile_seconds + decode.compile_seconds,
         prefill=prefill,
         decode=decode,
     )
 
 
+def advice(work: Workload, target: Slice, found: GenerationPlan, *, seconds: float = 1800.0) -> str:
+    """What to change where generation does not fit: the first of some changes that does, having been compiled."""
+    context = found.largest_context // _CONTEXT_STEP * _CONTEXT_STEP
+    ways = []
+    if context > _CONTEXT_STEP:
+        new_tokens = min(work.context - work.prompt_tokens, context - 1)
+        shorter = dataclasses.replace(work, context=context, prompt_tokens=context - new_tokens)
+        ways.append((f"--max-seq-len {context}", shorter, target))
+    larger = [other for other in all_slices(target.kind) if other.num_chips > target.num_chips]
+    ways += [(f"--plan {other}", work, other) for other in larger[:3]]
+
+    def untried(tried: list) -> Iterator[Any]:
+        for way in ways:
+            if any(other.fits for _, other in tried):
+                return
+            yield way
+
+    def attempt(way: tuple[str, Workload, Slice]) -> GenerationPlan:
+        _, changed, other = way
+        return plan_generation(changed, other, inference_mesh_spec(work.cfg, other.num_chips, other.chips_per_host))
+
+    tried = try_each(untried, attempt, seconds=seconds, rank=rank, summary=summary)
+    if not tried:
+        return "more chips along tensor"
+    (text, *_), best = tried[0]
+    verdict = "fits" if best.fits else f"is the nearest of {len(tried)} tried"
+    return f"{text} {verdict}: {gib(best.hbm_peak_bytes)} of {gib(best.hbm_capacity_bytes)}"
+
+
 def _lines(cfg: LlamaConfig, found: GenerationPlan) -> list[tuple[str, str, str]]:
-    where = f"{found.decode.slice}, {found.decode.mesh}"
+    where = f"{found.slice}, {found.mesh}"
     lines = [(where, "", f"{model_name(cfg)} in {found.dtype}, {found.batch} x {found.context:,} tokens")]
     for name, program in (("prefill", found.prefill), ("decode", found.decode)):
         lines += [(name, "measured", f"compiled in {program.compile_seconds:.0f} s")]
         lines += [(f"  {label}", source, value) for label, source, value in rows(program)]
     if found.advice:
-        lines.append(("what to change", "estimated", found.advice))
+        lines.append(("what to change", "compiled", found.advice))
     if found.decode_read_seconds is not None:
         best = f"{1e3 * found.decode_read_seconds:.3g} ms, {found.tokens_per_second:,.0f} tokens/s"
         lines.append(("a token at best", "assumed", f"reads {gib(found.decode_read_bytes)} in {best}"))
     lines += [
         ("largest batch", "estimated", f"{found.largest_batch:,} x {found.context:,} tokens"),
         ("largest context", "estimated", f"{found.batch:,} x {found.largest_context:,} tokens"),
+        ("to load it", "computed", f"{gib(found.host_ram_to_load_bytes)} of host memory"),
+        ("on disk", "computed", gib(found.disk_bytes)),
     ]
-    return lines
+    if found.best:
+        lines.append(("the best tried", "", "as a prompt's next token comes"))
+    return lines + [("", "compiled", one) for one in found.best]

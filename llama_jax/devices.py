@@ -126,6 +126,8 @@ def _metadata(key: str, environ: Mapping[str, str]) -> str | None:
 def _connect(workers: int, environ: Mapping[str, str]) -> None:
     import jax
 
+    # Its handler would swallow every SIGTERM; training has its own, the rest ends as processes do.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**_coordinates(environ))
     except RuntimeError as error:

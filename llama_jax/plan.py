@@ -3,7 +3,9 @@
 The invariant: the plan is the run. What is compiled is the very program that the run would execute,
 by the compiler that the run would use, with abstract values in place of arrays; there is no second
 model of its cost. Memory, FLOPs, bytes and cycles are the compiler's; that attention kernels reach
-KERNEL_EFFICIENCY and that collectives move at the speed of their links is assumed.
+KERNEL_EFFICIENCY and that collectives move at the speed of their links is assumed. For a GPU that is
+not here there is no compiler: its program is compiled for as many CPU devices, which makes the
+arguments exact and all else an estimate.
 """
 
 import dataclasses
@@ -11,20 +13,27 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh, get_mesh
 
+from llama_jax.entry import say
 from llama_jax.memory import bytes_left
 from llama_jax.mesh import mesh_text
-from llama_jax.program import Collective, Program, read_program
+from llama_jax.program import Buffer, Collective, Program, read_program
 from llama_jax.slices import GIB, Device, Slice, wraps
 
-# Share of a chip's peak at which attention kernels are taken to run.
+# Share of a chip's peak at which attention kernels are taken to run, and of a GPU's all that it computes.
 KERNEL_EFFICIENCY = 0.6
+
+# What a buffer is in terms of the model, by its count of values; None is not known.
+Terms = Callable[[Buffer], str | None]
+
+_NUM_LARGEST = 6
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -33,14 +42,16 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class Plan:
     """One program on one slice. Bytes, FLOPs and seconds are those of one chip and step; None is not known.
 
-    hbm_temporaries_bytes: what is alive beside the arguments when most is. parts: the arguments in
-    terms of the model. collectives: kind -> network ("ici" within a slice, "dcn" between slices) ->
-    bytes of the arrays exchanged. kernels: calls of each Pallas kernel.
+    compiler: "tpu" or "cpu", which for a GPU stands in. hbm_temporaries_bytes: what is alive beside the
+    arguments when most is. parts: the arguments in terms of the model. largest: the largest arrays
+    that the program makes, not all at once, likewise. collectives: kind -> network (Slice.networks)
+    -> bytes of the arrays exchanged. kernels: calls of each Pallas kernel.
     """
 
     slice: str
     chips: int
     mesh: str
+    compiler: str
     fits: bool
     hbm_capacity_bytes: int
     hbm_peak_bytes: int
@@ -48,6 +59,7 @@ class Plan:
     hbm_temporaries_bytes: int
     host_bytes: int
     parts: Mapping[str, int]
+    largest: Mapping[str, int] = dataclasses.field(default_factory=dict)
     matmul_flops_per_chip: float | None = None
     model_flops_per_chip: float | None = None
     kernel_flops_per_chip: float | None = None
@@ -61,25 +73,40 @@ class Plan:
     compile_seconds: float = 0.0
 
 
-def plan(lowered: jax.stages.Lowered, target: Slice, *, parts: Mapping[str, int], model_flops: float = 0.0) -> Plan:
+def plan(
+    lowered: jax.stages.Lowered,
+    target: Slice,
+    *,
+    parts: Mapping[str, int],
+    model_flops: float = 0.0,
+    terms: Terms = lambda _: None,
+    hlo: Path | None = None,
+) -> Plan:
     """Compile a step that was lowered with abstract arguments on the ambient mesh of the slice's devices.
 
-    parts: bytes a chip of the arguments, by name. model_flops: those of all chips together.
+    parts: bytes a chip of the arguments, by name. model_flops: those of all chips together. hlo: where
+    the compiled module's text is written, if the compiler does not refuse the program.
     """
     mesh, capacity, began = get_mesh(), _capacity(target), time.perf_counter()
-    here = {"slice": str(target), "mesh": mesh_text(mesh), "parts": dict(parts)}
+    done: dict[str, Any] = {}
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        memory, done = _refused(str(error), sum(parts.values())), {}
+        memory = _refused(str(error), sum(parts.values()))
     else:
-        memory = _memory(compiled, target)
-        done = _work(read_program(compiled.as_text() or ""), target, mesh, model_flops / mesh.size)
+        memory, text = _memory(compiled, target), compiled.as_text() or ""
+        program = read_program(text)
+        done = _work(program, target, mesh, model_flops / mesh.size) | {"largest": _largest(program, terms)}
+        if hlo is not None:
+            hlo.write_text(text, encoding="utf-8")
     return Plan(
-        **here,
+        slice=str(target),
         chips=mesh.size,
+        mesh=mesh_text(mesh),
+        compiler=mesh.devices.flat[0].platform,
+        parts=dict(parts),
         fits=memory.peak <= capacity,
         hbm_capacity_bytes=capacity,
         hbm_peak_bytes=memory.peak,
@@ -110,7 +137,7 @@ def _memory(compiled: jax.stages.Compiled, target: Slice) -> _Memory:
     # The compiler's peak holds temporaries on the host too, and a CPU's holds none: then only a bound is known.
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     bound = arguments + stats.temp_size_in_bytes + results
-    peak = bound if host or target.kind == "cpu" else stats.peak_memory_in_bytes
+    peak = bound if host or not target.chip.num_links else stats.peak_memory_in_bytes
     return _Memory(peak, arguments, host + stats.host_argument_size_in_bytes)
 
 
@@ -130,17 +157,35 @@ def _work(program: Program, target: Slice, mesh: Mesh, model_flops: float) -> di
         "kernel_flops_per_chip": program.kernel_flops,
         "kernels": dict(program.kernels),
         "copied_bytes": program.copied_bytes,
-        "collectives": _by_network(program, mesh),
+        "collectives": _by_network(program, target, mesh),
         **_seconds(program, target, mesh, model_flops),
     }
 
 
-def _by_network(program: Program, mesh: Mesh) -> dict[str, dict[str, float]]:
-    moved: dict[str, dict[str, float]] = defaultdict(lambda: {"ici": 0.0, "dcn": 0.0})
+def _largest(program: Program, terms: Terms) -> dict[str, int]:
+    """The largest buffers by name, each name once, in terms of the model where they are known."""
+    sizes: dict[str, int] = {}
+    for buffer in sorted(program.buffers, key=lambda buffer: -buffer.num_bytes):
+        shape = f"{buffer.kind}[{','.join(map(str, buffer.dims))}]"
+        name = terms(buffer) or f"{shape} of {'/'.join(buffer.operation.split('/')[-2:])}"
+        sizes.setdefault(name, buffer.num_bytes)
+        if len(sizes) == _NUM_LARGEST:
+            break
+    return sizes
+
+
+def _by_network(program: Program, target: Slice, mesh: Mesh) -> dict[str, dict[str, float]]:
+    moved: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(target.networks, 0.0))
     for collective, size in program.collectives.items():
-        slices = {getattr(device, "slice_index", None) for device in _members(collective, mesh)}
-        moved[collective.kind]["dcn" if len(slices) > 1 else "ici"] += size
+        slices = {_slice_index(device, target) for device in _members(collective, mesh)}
+        across = collective.across or len(slices) > 1
+        moved[collective.kind][target.networks[across]] += size
     return dict(moved)
+
+
+def _slice_index(device: Device, target: Slice) -> int:
+    """Which slice, or node of GPUs, a device belongs to."""
+    return device.id // target.shape[0] if target.is_gpu else getattr(device, "slice_index", 0) or 0
 
 
 def _members(collective: Collective, mesh: Mesh) -> list[Device]:
@@ -150,13 +195,17 @@ def _members(collective: Collective, mesh: Mesh) -> list[Device]:
 
 def _seconds(program: Program, target: Slice, mesh: Mesh, model_flops: float) -> dict[str, float]:
     chip = target.chip
-    if not chip.clock:
+    if not chip.flops:
         return {}
-    compute = program.cycles / chip.clock + program.kernel_flops / (KERNEL_EFFICIENCY * chip.flops)
+    if target.is_gpu:  # of what a kernel would do the stand-in's text may tell too little, of rematerialization all
+        compute = max(program.matmul_flops, model_flops) / (KERNEL_EFFICIENCY * chip.flops)
+    else:
+        compute = program.cycles / chip.clock + program.kernel_flops / (KERNEL_EFFICIENCY * chip.flops)
     blocking = hidden = 0.0
     for collective, size in program.collectives.items():
         seconds = collective_seconds(collective, size, _members(collective, mesh), target)
-        hidden, blocking = (hidden + seconds, blocking) if collective.overlapped else (hidden, blocking + seconds)
+        overlapped = collective.overlapped or target.is_gpu
+        hidden, blocking = (hidden + seconds, blocking) if overlapped else (hidden, blocking + seconds)
     step = max(compute, hidden) + blocking
     return {
         "estimated_compute_seconds": compute,
@@ -167,24 +216,83 @@ def _seconds(program: Program, target: Slice, mesh: Mesh, model_flops: float) ->
 
 
 def collective_seconds(collective: Collective, size: float, members: Iterable[Device], target: Slice) -> float:
-    """Seconds to exchange an array of this size on the links of the torus's sides along which the members lie.
+    """Seconds to exchange an array of this size, at the full speed of the links that the members share.
 
-    A side that is a ring sends both ways round it, one that is a line is as slow as its middle.
+    In a torus these are the links of its sides along which the members lie. A side that is a ring sends
+    both ways round it, one that is a line is as slow as its middle.
     """
-    places = [device.coords for device in members]
-    if len(places) < 2 or not target.chip.link_bandwidth:
+    chip, members = target.chip, list(members)
+    if len(members) < 2 or not chip.link_bandwidth:
         return 0.0
+    passes = 2 if collective.kind == "all-reduce" else 1
+    if collective.across:
+        return passes * size * (1 - 1 / target.num_slices) / chip.network_bandwidth
     if collective.kind == "collective-permute":
-        return size / target.chip.link_bandwidth
+        return size / chip.link_bandwidth
+    if target.is_gpu:
+        nodes = len({_slice_index(device, target) for device in members})
+        each = len(members) / nodes
+        between = (1 - 1 / nodes) / (each * chip.network_bandwidth)
+        return passes * size * max(between, (1 - 1 / each) / chip.link_bandwidth)
+    places = [device.coords for device in members]
     rings = wraps(target.shape)
     sides = [side for side in range(3) if len({place[side] for place in places}) > 1]
     links = sum(2 if rings[side] and len({p[side] for p in places}) == _side(target, side) else 1 for side in sides)
-    passes = 2 if collective.kind == "all-reduce" else 1
-    return passes * size * (len(places) - 1) / len(places) / (max(links, 1) * target.chip.link_bandwidth)
+    return passes * size * (1 - 1 / len(places)) / (max(links, 1) * chip.link_bandwidth)
 
 
 def _side(target: Slice, side: int) -> int:
     return target.shape[side] if side < len(target.shape) else 1
+
+
+Candidate = TypeVar("Candidate")
+Planned = TypeVar("Planned")
+
+
+def try_each(
+    candidates: Callable[[list[tuple[Candidate, Planned]]], Iterator[Candidate]],
+    attempt: Callable[[Candidate], Planned],
+    *,
+    seconds: float,
+    rank: Callable[[Planned], Any],
+    summary: Callable[[Planned], str],
+) -> list[tuple[Candidate, Planned]]:
+    """Plan candidates while time is left and return all that was tried, what ranks lowest first.
+
+    candidates sees what has been tried so far. A candidate that is illegal (ValueError) is passed over.
+    Ctrl-C ends the search with what there is; before the first plan it is raised.
+    """
+    tried: list[tuple[Candidate, Planned]] = []
+    began = time.perf_counter()
+    try:
+        for candidate in candidates(tried):
+            spent = time.perf_counter() - began
+            if tried and spent * (1 + 1 / len(tried)) > seconds:
+                break
+            try:
+                found = attempt(candidate)
+            except ValueError as error:
+                say(f"  {candidate}: {error}")
+                continue
+            tried.append((candidate, found))
+            say(f"  {len(tried)} tried, {time.perf_counter() - began:.0f} of {seconds:.0f} s: {summary(found)}")
+    except KeyboardInterrupt:
+        if not tried:
+            raise
+        say(f"interrupted: the best of {len(tried)} tried")
+    return sorted(tried, key=lambda pair: rank(pair[1]))
+
+
+def rank(found: Plan) -> tuple[bool, float, int]:
+    """The better plan has the lower one: it fits, it is fast, it needs little memory."""
+    return not found.fits, found.estimated_step_seconds or math.inf, found.hbm_peak_bytes
+
+
+def summary(found: Plan) -> str:
+    """A plan in a few words: "fsdp=64: 3.14 s a step, 7.63 of 30.75 GiB"."""
+    speed = "" if found.estimated_step_seconds is None else f"{found.estimated_step_seconds:.4g} s a step, "
+    verdict = "" if found.fits else "does NOT fit, "
+    return f"{found.mesh}: {verdict}{speed}{gib(found.hbm_peak_bytes)} of {gib(found.hbm_capacity_bytes)}"
 
 
 def rows(found: Plan) -> list[tuple[str, str, str]]:
@@ -192,27 +300,31 @@ def rows(found: Plan) -> list[tuple[str, str, str]]:
     spare = found.hbm_capacity_bytes - found.hbm_peak_bytes
     verdict = f"yes, {gib(spare)} to spare" if found.fits else f"NO, {gib(-spare)} too much"
     parts = ", ".join(f"{name} {gib(size)}" for name, size in found.parts.items())
+    is_gpu = found.compiler == "cpu" and found.estimated_step_seconds is not None
+    source = "compiled for CPU" if is_gpu else "compiled"
     lines = [
-        ("fits", "compiled", verdict),
-        ("memory a chip", "compiled", f"{gib(found.hbm_peak_bytes)} of {gib(found.hbm_capacity_bytes)}"),
-        ("  arguments", "compiled", f"{gib(found.hbm_arguments_bytes)}: {parts}"),
-        ("  temporaries", "compiled", gib(found.hbm_temporaries_bytes)),
+        ("fits", source, verdict),
+        ("memory a chip", source, f"{gib(found.hbm_peak_bytes)} of {gib(found.hbm_capacity_bytes)}"),
+        ("  arguments", "exact", f"{gib(found.hbm_arguments_bytes)}: {parts}"),
+        ("  temporaries", source, gib(found.hbm_temporaries_bytes)),
     ]
     if found.host_bytes:
-        lines.append(("  on the host", "compiled", gib(found.host_bytes)))
+        lines.append(("  on the host", source, gib(found.host_bytes)))
+    lines += [("  among them", source, f"{gib(size)} {name}") for name, size in found.largest.items()]
     if found.matmul_flops_per_chip is None:
         return lines
-    lines.append(("matrix products", "compiled", f"{found.matmul_flops_per_chip / 1e12:.4g} TFLOP"))
+    lines.append(("matrix products", source, f"{found.matmul_flops_per_chip / 1e12:.4g} TFLOP"))
     if found.kernels:
         lines.append(("in kernels", "counted", f"{(found.kernel_flops_per_chip or 0) / 1e12:.4g} TFLOP"))
-    lines += [(f"  {name}", "compiled", f"{calls:.0f} calls") for name, calls in found.kernels.items()]
+    lines += [(f"  {name}", source, f"{calls:.0f} calls") for name, calls in found.kernels.items()]
     for kind, networks in found.collectives.items():
         sizes = " and ".join(f"{gib(size)} over {network}" for network, size in networks.items() if size)
-        lines.append((kind, "compiled", sizes))
+        lines.append((kind, source, sizes))
     if found.estimated_step_seconds is not None:
-        assumed = f"the compiler's cycles, and kernels at {KERNEL_EFFICIENCY:.0%} of peak"
+        kernels = f"the compiler's cycles, and kernels at {KERNEL_EFFICIENCY:.0%} of peak"
+        assumed = f"all FLOPs at {KERNEL_EFFICIENCY:.0%} of peak" if is_gpu else kernels
         lines += [
-            ("computing", "estimated", f"{found.estimated_compute_seconds:.4g} s: {assumed}"),
+            ("computing", "assumed" if is_gpu else "estimated", f"{found.estimated_compute_seconds:.4g} s: {assumed}"),
             ("collectives", "assumed", f"{found.estimated_collective_seconds:.4g} s: links at full speed"),
             ("a step", "estimated", f"{found.estimated_step_seconds:.4g} s"),
         ]

@@ -17,6 +17,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|true_computation=(\S+), false_computation=(\S+?)[,\s])")
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -25,6 +27,9 @@ _BITS = {"pred": 8, "token": 0, "u2": 2, "s2": 2, "u4": 4, "s4": 4, "bf16": 16, 
 
 # Products of queries and keys, or of as much work, in one call of an attention kernel, by a part of its name.
 _ATTENTION_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "flash_attention": 2}
+
+# Instructions that make no array of their own.
+_NO_ARRAY = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "constant", "call")
 
 Group = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -35,12 +40,28 @@ class Collective:
     """One kind of exchange among one group of devices (their places in the mesh; the others do the same).
 
     Bytes are those of the whole array, before it is scattered or after it is gathered. Where it is
-    overlapped, the program goes on computing meanwhile.
+    overlapped, the program goes on computing meanwhile. Where it is across slices of TPUs, the
+    compiler hands each device's own array to the network, and the group is ().
     """
 
     kind: str
     group: Group
     overlapped: bool
+    across: bool = False
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An array that the program makes in its device's memory: element type, dimensions, and the operation's name."""
+
+    kind: str
+    dims: Shape
+    operation: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size without padding."""
+        return _size(self.kind, self.dims)
 
 
 @dataclass
@@ -48,7 +69,8 @@ class Program:
     """Work of one device in one run: FLOPs of matrix products, the compiler's estimated cycles, bytes, calls.
 
     collectives: bytes of each. kernels: calls of each Pallas kernel by name; kernel_flops: their
-    FLOPs, of those known to be attention. copied_bytes: of copies within one memory.
+    FLOPs, of those known to be attention. copied_bytes: of copies within one memory. buffers: the
+    arrays that it makes, not all of them at once.
     """
 
     matmul_flops: float = 0.0
@@ -57,6 +79,7 @@ class Program:
     kernel_flops: float = 0.0
     collectives: Counter[Collective] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
+    buffers: set[Buffer] = field(default_factory=set)
 
 
 def read_program(text: str) -> Program:
@@ -108,10 +131,14 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:
     return computations, entry
 
 
-def _count(program: Program, computations: dict[str, _Computation], name: str, times: float) -> None:
-    """Add what a computation does, run this often."""
+def _count(
+    program: Program, computations: dict[str, _Computation], name: str, times: float, *, fused: bool = False
+) -> None:
+    """Add what a computation does, run this often; what is fused makes no arrays in between."""
     inside = computations[name]
     for instruction in inside.values():
+        if not fused and instruction.opcode not in _NO_ARRAY:
+            program.buffers.update(_buffers(instruction))
         if found := _CYCLES.search(instruction.rest):
             program.cycles += times * int(found[1])
         opcode = instruction.opcode
@@ -122,10 +149,21 @@ def _count(program: Program, computations: dict[str, _Computation], name: str, t
             program.copied_bytes += times * _num_bytes(instruction)
         elif opcode.removesuffix("-start") in COLLECTIVES:
             _count_collective(program, instruction, name, times)
+        elif opcode == "send" and (found := _MEGASCALE.search(instruction.rest)):
+            across = Collective(found[1].lower().replace("_", "-"), (), True, across=True)
+            program.collectives[across] += times * _size(*instruction.shapes[0])  # type: ignore[assignment]
         elif opcode == "custom-call":
             _count_kernel(program, instruction, inside, times)
         for called, turns in _called(instruction, inside, computations):
-            _count(program, computations, called, times * turns)
+            _count(program, computations, called, times * turns, fused=fused or instruction.opcode == "fusion")
+
+
+def _buffers(instruction: _Instruction) -> Iterator[Buffer]:
+    """The arrays of an instruction's result that lie in the device's main memory, which has the number 0."""
+    found = _OP_NAME.search(instruction.rest)
+    for kind, dims, layout in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^{}]*\})?", instruction.type):
+        if not re.search(r"S\([1-9]", layout):
+            yield Buffer(kind, _integers(dims), found[1] if found else instruction.opcode)
 
 
 def _called(
@@ -157,12 +195,23 @@ def _num_turns(loop: _Instruction, inside: _Computation, computations: dict[str,
     assert counter is not None and bound is not None
     if counter.opcode != "get-tuple-element" or bound.opcode != "constant":
         return 1.0
-    initial = inside.get(loop.operands[0])
     index = int(counter.attribute("index") or 0)
-    start = inside.get(initial.operands[index]) if initial and initial.opcode == "tuple" else None
-    while start is not None and start.opcode in ("copy", "bitcast"):
-        start = inside.get(start.operands[0])
-    return float(_constant(bound) - (_constant(start) if start and start.opcode == "constant" else 0))
+    initial = inside.get(loop.operands[0])
+    start = _value(inside.get(initial.operands[index]), inside) if initial and initial.opcode == "tuple" else None
+    body = computations[loop.attribute("body") or ""]
+    root = list(body.values())[-1]
+    step = body.get(root.operands[index]) if root.opcode == "tuple" else None
+    steps = [_value(body.get(name), body) for name in step.operands] if step and step.opcode == "add" else []
+    # A product whose operands come round a ring may take several parts a turn.
+    each = next((value for value in steps if value), 1)
+    return float(-(-(_constant(bound) - (start or 0)) // each))
+
+
+def _value(instruction: _Instruction | None, inside: _Computation) -> int | None:
+    """The constant that an instruction passes on, if it is one."""
+    while instruction is not None and instruction.opcode in ("copy", "bitcast"):
+        instruction = inside.get(instruction.operands[0])
+    return _constant(instruction) if instruction is not None and instruction.opcode == "constant" else None
 
 
 def _constant(instruction: _Instruction) -> int:

@@ -1,8 +1,9 @@
 """Slices of accelerators that need not be here: what their chips can do, and their devices for a compiler.
 
 Sources: the Cloud TPU pages on each version and its price, and "How to Scale Your Model" for links;
-memory is what libtpu 0.0.42 says is there, and clocks follow from peak and matrix units. The
-invariant: a slice that can be named here can be rented; any other is refused with the nearest.
+memory is what libtpu 0.0.42 says is there, and clocks follow from peak and matrix units. Of GPUs:
+NVIDIA's data sheets and its DGX systems of eight. The invariant: a slice that can be named here can
+be rented; any other is refused with the nearest.
 """
 
 import contextlib
@@ -12,9 +13,15 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.mesh import make_mesh, parse_mesh
 
 GIB = 2**30
 
@@ -26,36 +33,42 @@ Device = Any
 class Chip:
     """One chip; 0 where nothing is known.
 
-    hbm_bytes: what the compiler may use. flops: peak in bfloat16 a second. hbm_bandwidth and
-    link_bandwidth: bytes a second, of a link in one direction. num_links: to its neighbours in the
-    torus. clock: cycles a second, those that the compiler's estimates count. price: US dollars an
-    hour. host_bytes: memory of its host, shared out among the host's chips. cores: how many the
-    vendor's names count. most: chips of the largest slice.
+    hbm_bytes: what the compiler may use. flops: peak in bfloat16 a second. hbm_bandwidth,
+    link_bandwidth and network_bandwidth: bytes a second, in one direction of a link to a neighbour
+    (for a GPU of all its NVLinks), and of the chip's share of what joins slices or nodes. num_links:
+    to its neighbours in the torus. clock: cycles a second, those that the compiler's estimates count.
+    price: US dollars an hour. cores: how many the vendor's names count. most: chips of the largest
+    slice, or GPUs of a node.
     """
 
     hbm_bytes: int
     flops: float
     hbm_bandwidth: float
     link_bandwidth: float
+    network_bandwidth: float
     num_links: int
     clock: float
     price: float
-    host_bytes: int
     cores: int
     most: int
 
 
-# Edit prices to yours: these are list prices on demand in US regions, as of 2025.
+# Edit prices to yours: these are list prices on demand in US regions, as of 2025, of TPUs at Google and of GPUs
+# at AWS. v4's share of the network is taken to be v5p's. Not all of a GPU's memory is jax's by default.
 CHIPS = {
-    "v4": Chip(int(30.75 * GIB), 275e12, 1.228e12, 4.5e10, 6, 1.05e9, 3.22, 100 * GIB, 2, 4096),
-    "v5p": Chip(int(95.74 * GIB), 459e12, 2.765e12, 9.0e10, 6, 1.75e9, 4.20, 112 * GIB, 2, 6144),
-    "v5e": Chip(int(15.75 * GIB), 197e12, 8.19e11, 5.0e10, 4, 1.50e9, 1.20, 48 * GIB, 1, 256),
-    "v6e": Chip(int(31.25 * GIB), 918e12, 1.640e12, 9.0e10, 4, 1.75e9, 2.70, 180 * GIB, 1, 256),
-    "cpu": Chip(0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0, 1, 4096),
+    "v4": Chip(int(30.75 * GIB), 275e12, 1.228e12, 4.5e10, 6.25e9, 6, 1.05e9, 3.22, 2, 4096),
+    "v5p": Chip(int(95.74 * GIB), 459e12, 2.765e12, 9.0e10, 6.25e9, 6, 1.75e9, 4.20, 2, 6144),
+    "v5e": Chip(int(15.75 * GIB), 197e12, 8.19e11, 5.0e10, 3.125e9, 4, 1.50e9, 1.20, 1, 256),
+    "v6e": Chip(int(31.25 * GIB), 918e12, 1.640e12, 9.0e10, 1.25e10, 4, 1.75e9, 2.70, 1, 256),
+    "a100-40": Chip(39 * GIB, 312e12, 1.555e12, 3.0e11, 2.5e10, 0, 0.0, 2.74, 1, 8),
+    "a100-80": Chip(79 * GIB, 312e12, 2.039e12, 3.0e11, 2.5e10, 0, 0.0, 3.43, 1, 8),
+    "h100": Chip(79 * GIB, 989e12, 3.35e12, 4.5e11, 5.0e10, 0, 0.0, 6.88, 1, 8),
+    "h200": Chip(139 * GIB, 989e12, 4.8e12, 4.5e11, 5.0e10, 0, 0.0, 7.91, 1, 8),
+    "b200": Chip(178 * GIB, 2250e12, 7.7e12, 9.0e11, 5.0e10, 0, 0.0, 14.24, 1, 8),
+    "cpu": Chip(0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 1, 4096),
 }
 
 _ALIASES = {"v5litepod": "v5e"}
-_GPUS = ("a100-40", "a100-80", "h100", "h200", "b200")
 
 # Those of two dimensions are a list; of three, small ones and then whole cubes of 4 x 4 x 4.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
@@ -76,7 +89,10 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Slice:
-    """Chips with fast links among them, as a torus of this shape, or several such (see parse_slice)."""
+    """Chips with fast links among them, as a torus of this shape, or several such (see parse_slice).
+
+    Of GPUs a node is a slice, and its shape their count.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -88,9 +104,27 @@ class Slice:
         return CHIPS[self.kind]
 
     @property
+    def is_gpu(self) -> bool:
+        """Whether its chips are GPUs, whose programs are compiled for CPU devices here."""
+        return self.kind != "cpu" and not self.chip.num_links
+
+    @property
     def num_chips(self) -> int:
         """Chips of all slices together."""
         return self.num_slices * math.prod(self.shape)
+
+    @property
+    def chips_per_host(self) -> int:
+        """Chips that one process has: those of a node of GPUs, of a TPU's host, all CPU devices."""
+        if not self.chip.num_links:
+            return self.shape[0]
+        one_host = len(self.shape) == 2 and math.prod(self.shape) == 8  # v5litepod-8 and v6e-8
+        return 8 if one_host else min(4, math.prod(self.shape))
+
+    @property
+    def networks(self) -> tuple[str, str]:
+        """What its collectives cross: within a slice or node, and between them."""
+        return ("nvlink", "network") if self.is_gpu else ("ici", "dcn")
 
     def __str__(self) -> str:
         several = f"{self.num_slices}x" if self.num_slices > 1 else ""
@@ -98,43 +132,63 @@ class Slice:
 
 
 def parse_slice(text: str) -> Slice:
-    """The slice of `v4:4x4x8`, of a vendor's name as `v4-256` or `v5litepod-16`, of `2xv5p:8x8x8` or `cpu:8`.
+    """The slice of `v4:4x4x8`, a vendor's `v4-256` or `v5litepod-16`, `2xv5p:8x8x8`, `h100:8`, `8xh100:8` or `cpu:8`.
 
     Raises ValueError that names the nearest slice for one that does not exist.
     """
-    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", text)
-    if text.partition(":")[0] in _GPUS:
-        raise ValueError(f"slice {text!r}: planning for absent GPUs is not built yet; plan a TPU or a cpu:8")
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*?(?:-40|-80)?)(?::(\d+(?:x\d+)*)|-(\d+))", text)
     kind = _ALIASES.get(found[2], found[2]) if found else ""
-    if found is None or kind not in CHIPS or (kind == "cpu" and (found[1] or found[4])):
+    if found is None or kind not in CHIPS or (not CHIPS[kind].num_links and found[4]) or (kind == "cpu" and found[1]):
         known = ", ".join(CHIPS)
-        raise ValueError(f"unknown slice {text!r}; expected as v4:4x4x8, v4-256, 2xv5p:8x8x8 or cpu:8, of {known}")
+        raise ValueError(
+            f"unknown slice {text!r}; expected as v4:4x4x8, v4-256, 2xv5p:8x8x8, h100:8, 8xh100:8 or cpu:8, of {known}"
+        )
     num_slices = int(found[1] or 1)
     if found[4]:
         return Slice(kind, _named_shape(text, kind, int(found[4])), num_slices)
     shape = tuple(int(size) for size in found[3].split("x"))
-    if kind == "cpu":
-        if len(shape) > 1 or not 1 <= math.prod(shape) <= CHIPS["cpu"].most:
-            raise ValueError(f"unknown slice {text!r}; CPU devices are one number, as in cpu:8")
-        return Slice(kind, shape)
+    if not CHIPS[kind].num_links:
+        return _counted(text, kind, shape, num_slices)
     legal = next((known for known in slice_shapes(kind) if sorted(known) == sorted(shape)), None)
     if legal is None:
         raise ValueError(f"there is no slice {text}; the nearest is {Slice(kind, _nearest(kind, shape))}")
     return Slice(kind, legal, num_slices)
 
 
+def _counted(text: str, kind: str, shape: tuple[int, ...], num_slices: int) -> Slice:
+    """CPU devices, or GPUs: h100:64 is eight nodes of eight."""
+    count, most = shape[0], CHIPS[kind].most
+    if kind != "cpu" and len(shape) == 1 and num_slices == 1 and count > most and count % most == 0:
+        count, num_slices = most, count // most
+    if len(shape) > 1 or not 1 <= count <= most:
+        name = "CPU devices" if kind == "cpu" else "GPUs of a node"
+        raise ValueError(f"unknown slice {text!r}; {name} are one number up to {most}, as in {kind}:8")
+    if num_slices * count > CHIPS["cpu"].most:
+        raise ValueError(f"{text}: {num_slices * count} GPUs are more than can be planned, {CHIPS['cpu'].most}")
+    return Slice(kind, (count,), num_slices)
+
+
 def smallest_slice(kind: str, num_bytes: int) -> Slice | None:
     """The slice with the fewest chips that hold so many bytes together, split evenly; None if there is none."""
-    if not CHIPS[kind].hbm_bytes:
-        return None
-    slices = (Slice(kind, shape) for shape in sorted(slice_shapes(kind), key=math.prod))
-    return next((found for found in slices if found.num_chips * found.chip.hbm_bytes > num_bytes), None)
+    return next((found for found in all_slices(kind) if found.num_chips * found.chip.hbm_bytes > num_bytes), None)
+
+
+def all_slices(kind: str) -> Iterator[Slice]:
+    """Every slice of a kind, the smallest first; of GPUs nodes whose count is a power of two, of CPUs none."""
+    if kind == "cpu":
+        return
+    shapes = sorted(slice_shapes(kind), key=math.prod)
+    yield from (Slice(kind, shape) for shape in shapes)
+    if not CHIPS[kind].num_links:
+        yield from (Slice(kind, shapes[-1], 2**power) for power in range(1, 10))
 
 
 @functools.cache
 def slice_shapes(kind: str) -> Sequence[tuple[int, ...]]:
     """Every shape in which chips of a kind can be rented."""
     chip = CHIPS[kind]
+    if not chip.num_links:
+        return [(1,), (2,), (4,), (8,)]
     if chip.num_links == 4:
         return _FLAT
     cubes = itertools.combinations_with_replacement(range(4, chip.most // 16 + 1, 4), 3)
@@ -172,20 +226,20 @@ def _nearest(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def open_slice(target: Slice) -> list[Device]:
-    """Its devices, one a chip, in the order of its torus: real ones of a cpu, else descriptions for libtpu's compiler.
+    """Its devices, one a chip, slice after slice, each in the order of its torus.
 
-    To be called in place of opening the devices of this machine. Raises ValueError with the command that
+    Descriptions for libtpu's compiler, for CPUs real devices, and for GPUs as many CPU devices. To be
+    called in place of opening the devices of this machine. Raises ValueError with the command that
     installs libtpu where it is missing, and if this process cannot have so many CPU devices.
     """
-    import jax
-
+    on_cpu = target.kind == "cpu" or target.is_gpu
     # A TPU of this machine is left alone. Where devices are open already, they are what there is.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")
-        if target.kind == "cpu":
+        if on_cpu:
             known = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
             jax.config.update("jax_num_cpu_devices", max(known, target.num_chips))
-    if target.kind == "cpu":
+    if on_cpu:
         devices = jax.devices("cpu")
         if len(devices) < target.num_chips:
             raise ValueError(f"{target}: this process has {len(devices)} CPU devices open; plan in one of its own")
@@ -205,10 +259,37 @@ def _described(target: Slice) -> list[Device]:
     options: dict[str, Any] = {"num_slices": target.num_slices}
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    elif len(shape) == 2 and math.prod(shape) == 8:  # v5litepod-8 and v6e-8 are one host
+    elif target.chips_per_host == 8:
         options["chips_per_host_bounds"] = (2, 4, 1)
     if chip.cores == 2:  # as one device: by itself libtpu counts a v4 as two
         options["chip_config_name"] = "megacore"
     options["wrap"] = wraps(shape)
     name = f"{target.kind}:{'x'.join(map(str, shape))}"
     return list(topologies.get_topology_desc(name, "tpu", **options).devices)
+
+
+def make_slice_mesh(spec: str, devices: Sequence[Device], num_slices: int) -> Mesh:
+    """The mesh of `make_mesh` over several slices of TPUs: `data` runs over them, all other axes lie within one.
+
+    Raises ValueError if the slices do not divide `data`.
+    """
+    per_slice = len(devices) // num_slices
+    sizes = parse_mesh(spec, len(devices))
+    if sizes["data"] % num_slices:
+        raise ValueError(
+            f"mesh {spec!r}: data={sizes['data']} cannot run over {num_slices} slices; "
+            f'give data={num_slices} and the rest within a slice, as in "data={num_slices},fsdp=-1"'
+        )
+    sizes["data"] //= num_slices
+    within = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    meshes = [make_mesh(within, devices[i * per_slice :][:per_slice]) for i in range(num_slices)]
+    grid = np.concatenate([mesh.devices for mesh in meshes])
+    return Mesh(grid, meshes[0].axis_names, axis_types=meshes[0].axis_types)
+
+
+@contextlib.contextmanager
+def use_slice(target: Slice, spec: str) -> Iterator[Mesh]:
+    """Enter a mesh of the slice's devices. Raises ValueError if the text does not fit them."""
+    mesh = make_slice_mesh(spec, open_slice(target), 1 if target.is_gpu else target.num_slices)
+    with jax.set_mesh(mesh):
+        yield mesh

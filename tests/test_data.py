@@ -1,26 +1,21 @@
 """Rows of packed documents: what is in them, and that the same row is always the same."""
 
-import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from train.data import Batches, PackedRows, TokenDataset, heldout_rows
+from tests.prepared import write_prepared
+from train import data
+from train.config import LengthWeight
+from train.data import PackedRows, heldout_by_source, heldout_rows, pack, share_past_half, stack
+from train.shards import open_sources
 
 
-def write_dataset(directory, documents, *, split="train", vocab_size=1000, dtype="uint16"):
-    """The on-disk format, written by hand."""
-    directory.mkdir(exist_ok=True)
-    lengths = [len(document) for document in documents]
-    (directory / f"{split}.tokens").write_bytes(np.array(sum(documents, []), dtype).tobytes())
-    (directory / f"{split}.offsets").write_bytes(np.cumsum([0, *lengths]).astype("<i8").tobytes())
-    counts = {"documents": len(documents), "tokens": sum(lengths)}
-    empty = {"documents": 0, "tokens": 0}
-    splits = {"train": empty, "heldout": empty} | {split: counts}
-    (directory / "metadata.json").write_text(
-        json.dumps({"format_version": 1, "vocab_size": vocab_size, "dtype": dtype, "splits": splits})
-    )
-    return directory
+def open_documents(directory, documents, *, split="train", vocab_size=1000, **options):
+    """These documents as the only source of a prepared directory."""
+    write_prepared(directory, {"text": {split: documents}}, vocab_size, **options)
+    return open_sources(directory, split)["text"]
 
 
 def numbered_documents(lengths):
@@ -29,15 +24,18 @@ def numbered_documents(lengths):
     return [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
 
 
-@pytest.fixture
-def directory(tmp_path):
-    lengths = np.random.default_rng(0).integers(2, 40, size=37).tolist()
-    return write_dataset(tmp_path / "data", numbered_documents(lengths))
+DOCUMENTS = numbered_documents(np.random.default_rng(0).integers(2, 40, size=37).tolist())
+NUM_TOKENS = sum(map(len, DOCUMENTS))
 
 
 @pytest.fixture
-def rows(directory):
-    return PackedRows(TokenDataset(directory, "train"), 16, seed=3)
+def dataset(tmp_path):
+    return open_documents(tmp_path / "data", DOCUMENTS)
+
+
+@pytest.fixture
+def rows(dataset):
+    return PackedRows(dataset, 16, seed=3)
 
 
 def assert_same(a, b):
@@ -48,7 +46,7 @@ def assert_same(a, b):
 
 def test_three_documents_are_packed_as_written_out_here(tmp_path):
     documents = {1: [1, 11, 12, 9], 2: [2, 21, 9], 3: [3, 31, 32, 33, 34, 9]}
-    dataset = TokenDataset(write_dataset(tmp_path / "data", list(documents.values())), "train")
+    dataset = open_documents(tmp_path / "data", list(documents.values()))
     # Thirteen tokens: two rows of five inputs, the last target of the first row opens the second.
     rows = PackedRows(dataset, 5, next(seed for seed in range(99) if opens_with(dataset, seed, [2, 3, 1])))
     assert len(rows) == 2
@@ -73,7 +71,7 @@ def opens_with(dataset, seed, order):
 
 
 def test_a_target_that_opens_the_next_document_at_the_end_of_a_row_is_masked(tmp_path):
-    dataset = TokenDataset(write_dataset(tmp_path / "data", [[1, 7, 9], [1, 7, 9]]), "train")
+    dataset = open_documents(tmp_path / "data", [[1, 7, 9], [1, 7, 9]])
     row = PackedRows(dataset, 3, seed=0).row(0)
     assert row.targets.tolist() == [7, 9, 1] and row.loss_mask.tolist() == [1, 1, 0]
     assert row.segment_ids.tolist() == [1, 1, 1]
@@ -83,7 +81,7 @@ def test_every_token_is_an_input_once_an_epoch_but_for_less_than_a_row(rows):
     for epoch in range(3):
         inputs = np.concatenate([rows.row(epoch * len(rows) + i).tokens for i in range(len(rows))])
         assert len(np.unique(inputs)) == len(inputs)
-        assert 1 <= len(rows.dataset.tokens) - len(inputs) <= rows.seq_len
+        assert 1 <= NUM_TOKENS - len(inputs) <= rows.seq_len
 
 
 def test_every_prediction_within_a_document_is_trained_once_an_epoch(rows):
@@ -92,14 +90,14 @@ def test_every_prediction_within_a_document_is_trained_once_an_epoch(rows):
     for row in epoch:
         kept = row.loss_mask > 0
         pairs += zip(row.tokens[kept].tolist(), row.targets[kept].tolist(), strict=True)
-    inside = set(range(len(rows.dataset.tokens))) - set((rows.dataset.offsets[1:] - 1).tolist())
+    inside = set(range(NUM_TOKENS)) - {document[-1] for document in DOCUMENTS}
     assert all(target == token + 1 for token, target in pairs)
     assert len(set(pairs)) == len(pairs) and {token for token, _ in pairs} <= inside
     assert len(inside) - len(pairs) <= rows.seq_len
 
 
 def test_positions_restart_exactly_where_segments_do(rows):
-    starts = set(rows.dataset.offsets.tolist())
+    starts = {document[0] for document in DOCUMENTS}
     for index in range(len(rows)):
         row = rows.row(index)
         opens = np.concatenate([[True], np.diff(row.segment_ids) == 1])
@@ -108,14 +106,14 @@ def test_positions_restart_exactly_where_segments_do(rows):
         assert all((token in starts) == opened for token, opened in zip(row.tokens[1:], opens[1:], strict=True))
 
 
-def test_epochs_and_seeds_have_different_orders(directory, rows):
+def test_epochs_and_seeds_have_different_orders(dataset, rows):
     assert not np.array_equal(rows.row(0).tokens, rows.row(len(rows)).tokens)
-    other = PackedRows(TokenDataset(directory, "train"), 16, seed=4)
+    other = PackedRows(dataset, 16, seed=4)
     assert not np.array_equal(rows.row(0).tokens, other.row(0).tokens)
 
 
-def test_a_later_stage_has_an_order_of_its_own(directory, rows):
-    first, second = (PackedRows(TokenDataset(directory, "train"), 16, seed=3, stage=stage) for stage in (0, 1))
+def test_a_later_stage_has_an_order_of_its_own(dataset, rows):
+    first, second = (PackedRows(dataset, 16, seed=3, stage=stage) for stage in (0, 1))
     assert_same(first.row(0), rows.row(0))
     assert not np.array_equal(first.row(0).tokens, second.row(0).tokens)
     assert not np.array_equal(first.row(len(first)).tokens, second.row(0).tokens)
@@ -131,48 +129,21 @@ def test_the_shuffle_is_the_documented_one_and_stays_so(rows):
 
 def test_rows_of_one_document_are_spread_over_the_epoch(tmp_path):
     long, short = [[1, *range(100, 700)], *([1, 7, 9] for _ in range(200))], 16
-    rows = PackedRows(TokenDataset(write_dataset(tmp_path / "data", long), "train"), short, seed=0)
+    rows = PackedRows(open_documents(tmp_path / "data", long), short, seed=0)
     from_long = [i for i in range(len(rows)) if rows.row(i).tokens.max() >= 100]
     assert max(from_long) - min(from_long) > 0.8 * len(rows)
 
 
-def test_a_row_depends_on_neither_the_rows_before_nor_the_process(directory, rows):
+def test_a_row_depends_on_neither_the_rows_before_nor_the_process(dataset, rows):
     indices = [5, 3 * len(rows) + 1, 0, len(rows) - 1, len(rows)]
     expected = {i: rows.row(i) for i in range(3 * len(rows) + 2)}
     for index in indices:
         assert_same(rows.row(index), expected[index])
-        assert_same(PackedRows(TokenDataset(directory, "train"), 16, seed=3).row(index), expected[index])
-
-
-def test_batches_go_on_from_their_state_across_epochs(rows):
-    batches = Batches(rows, 8)
-    for _ in range(4):
-        next(batches)
-    resumed = Batches(rows, 8, start_row=batches.state())
-    assert batches.state() == 32
-    for _ in range(2 * len(rows) // 8 + 2):
-        assert_same(next(batches), next(resumed))
-    assert batches.state() > 2 * len(rows)
-
-
-@pytest.mark.parametrize("process_count", [1, 2, 4])
-def test_the_shares_of_all_processes_are_the_global_batch(rows, process_count):
-    shares = [Batches(rows, 8, process_index=p, process_count=process_count) for p in range(process_count)]
-    whole = Batches(rows, 8)
-    for _ in range(len(rows) // 4):
-        parts = [next(share) for share in shares]
-        assert_same([np.concatenate(arrays) for arrays in zip(*parts, strict=True)], next(whole))
-    assert {share.state() for share in shares} == {whole.state()}
-
-
-def test_a_batch_is_its_rows_stacked(rows):
-    batch = next(Batches(rows, 4, start_row=2))
-    assert batch.tokens.shape == (4, 16)
-    assert_same([array[3] for array in batch], rows.row(5))
+        assert_same(PackedRows(dataset, 16, seed=3).row(index), expected[index])
 
 
 def test_short_documents_are_left_out_on_request(tmp_path):
-    dataset = TokenDataset(write_dataset(tmp_path / "data", numbered_documents([5, 20, 19, 30])), "train")
+    dataset = open_documents(tmp_path / "data", numbered_documents([5, 20, 19, 30]))
     rows = PackedRows(dataset, 7, seed=0, min_document_tokens=20)
     assert len(rows) == (50 - 1) // 7
     seen = {token for i in range(len(rows)) for token in rows.row(i).tokens.tolist()}
@@ -180,15 +151,13 @@ def test_short_documents_are_left_out_on_request(tmp_path):
 
 
 def test_ids_beyond_uint16_survive(tmp_path):
-    dataset = TokenDataset(
-        write_dataset(tmp_path / "data", [[128_000, 70_000, 128_001]], vocab_size=128_256, dtype="uint32"), "train"
-    )
+    dataset = open_documents(tmp_path / "data", [[128_000, 70_000, 128_001]], vocab_size=128_256, dtype="uint32")
     assert PackedRows(dataset, 2, seed=0).row(0).targets.tolist() == [70_000, 128_001]
 
 
 def test_heldout_rows_are_the_openings_of_long_documents_in_stored_order(tmp_path):
     documents = numbered_documents([9, 3, 8, 20, 9])
-    dataset = TokenDataset(write_dataset(tmp_path / "data", documents, split="heldout"), "heldout")
+    dataset = open_documents(tmp_path / "data", documents, split="heldout")
     batch = heldout_rows(dataset, 8, count=2)
     assert batch.tokens.tolist() == [documents[0][:8], documents[3][:8]]
     assert batch.targets.tolist() == [documents[0][1:9], documents[3][1:9]]
@@ -199,58 +168,117 @@ def test_heldout_rows_are_the_openings_of_long_documents_in_stored_order(tmp_pat
 
 
 def test_heldout_rows_name_the_longest_document_when_none_is_long_enough(tmp_path):
-    dataset = TokenDataset(write_dataset(tmp_path / "data", [[1] * 20], split="heldout"), "heldout")
+    dataset = open_documents(tmp_path / "data", [[1] * 20], split="heldout")
     with pytest.raises(ValueError, match="no document has the 21 tokens .* longest has 20"):
         heldout_rows(dataset, 20, count=1)
 
 
-def test_a_missing_directory_says_how_to_prepare_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="python -m train.prepare --out"):
-        TokenDataset(tmp_path / "nothing", "train")
+def test_heldout_rows_by_source_leave_out_sources_of_short_documents(tmp_path):
+    long, short = numbered_documents([20, 9, 30]), numbered_documents([5, 8])
+    write_prepared(tmp_path, {"a": {"heldout": long}, "b": {"heldout": short}}, 1000)
+    sources = open_sources(tmp_path, "heldout")
+    batches = heldout_by_source(sources, 8, count=2)
+    assert list(batches) == ["a"] and batches["a"].tokens.tolist() == [long[0][:8], long[1][:8]]
+    assert {name: len(b.tokens) for name, b in heldout_by_source(sources, 4, count=9).items()} == {"a": 3, "b": 2}
+    with pytest.raises(ValueError, match="no document of any source has the 31 tokens .* longest has 30"):
+        heldout_by_source(sources, 30, count=1)
 
 
-def test_another_vocabulary_is_refused(directory):
-    assert TokenDataset(directory, "train", vocab_size=1000).vocab_size == 1000
-    with pytest.raises(ValueError, match="vocabulary of 1000, expected 128256"):
-        TokenDataset(directory, "train", vocab_size=128_256)
+@pytest.mark.parametrize(("lengths", "share"), [([9], 4 / 8), ([5, 4], 1 / 8), ([4, 5], 0.0)])
+def test_the_share_past_half_counts_tokens_that_can_see_half_the_window(lengths, share):
+    row = pack([np.arange(length) for length in lengths])  # 8 inputs, and a target
+    assert share_past_half(row) == share
+    assert share_past_half(stack([row, row])) == share
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("metadata.json", b'{"format_version": 1', "metadata.json is damaged"),
-        ("metadata.json", b"[]", "metadata.json is damaged"),
-        ("metadata.json", b'{"format_version": 0}', "has format 0, expected 1"),
-        ("train.tokens", b"\0\0\0", "train.tokens is damaged: 3 bytes, expected"),
-        ("train.offsets", None, "train.offsets is damaged: 0 bytes, expected 304"),
-        ("train.offsets", np.zeros(38, "<i8").tobytes(), "train.offsets is damaged: not rising"),
-    ],
-)
-def test_damage_is_named(directory, name, content, message):
-    (directory / name).unlink()
-    if content is not None:
-        (directory / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        TokenDataset(directory, "train")
+def test_a_row_is_the_same_over_one_shard_and_over_many(tmp_path, rows):
+    many = PackedRows(open_documents(tmp_path / "many", DOCUMENTS, shard_tokens=100), 16, seed=3)
+    assert len(many.dataset.shards) > 5 and len(many) == len(rows)
+    for index in range(2 * len(rows)):
+        assert_same(many.row(index), rows.row(index))
 
 
-def test_an_empty_or_unknown_split_is_refused(directory):
-    with pytest.raises(ValueError, match="heldout split .* is empty"):
-        TokenDataset(directory, "heldout")
-    with pytest.raises(ValueError, match="'test' is unknown; expected one of train, heldout"):
-        TokenDataset(directory, "test")
+def test_sources_of_other_names_have_other_orders(dataset, rows):
+    named = [PackedRows(dataset, 16, seed=3, source=name) for name in ("a", "b")]
+    tokens = {other.row(0).tokens.tobytes() for other in (*named, rows)}
+    assert len(tokens) == 3
 
 
-def test_rows_that_nothing_fills_are_refused(directory):
-    dataset = TokenDataset(directory, "train")
+@pytest.fixture
+def grouped(tmp_path, monkeypatch):
+    """Rows over groups of at most two shards of a few documents each."""
+    dataset = open_documents(tmp_path / "grouped", DOCUMENTS, shard_tokens=100)
+    monkeypatch.setattr(data, "GROUP_DOCUMENTS", 2 * max(shard.num_documents for shard in dataset.shards))
+    rows = PackedRows(dataset, 16, seed=3)
+    assert rows._group_shards == 2 and len(dataset.shards) % 2 == 1
+    return rows
+
+
+def test_groups_of_shards_hold_every_token_once_an_epoch_but_for_a_row_each(grouped):
+    num_groups = (len(grouped.dataset.shards) + 1) // 2
+    assert len(grouped) == -(-NUM_TOKENS // 16) - num_groups
+    for epoch in range(3):
+        inputs = np.concatenate([grouped.row(epoch * len(grouped) + i).tokens for i in range(len(grouped))])
+        assert len(np.unique(inputs)) == len(inputs) == 16 * len(grouped)
+
+
+def test_each_epoch_groups_the_shards_anew_and_two_groups_are_kept(grouped):
+    groups = []
+    for index in range(3 * len(grouped)):
+        grouped.row(index)
+        assert len(grouped._groups) <= 2
+        key = (grouped._groups[-1].epoch, tuple(map(id, grouped._groups[-1].shards)))
+        groups += [key] if key not in groups else []
+    opened = [[shards for epoch, shards in groups if epoch == e] for e in range(3)]
+    assert opened[0] != opened[1] != opened[2]
+    assert all(len({shard for group in epoch for shard in group}) == sum(map(len, epoch)) for epoch in opened)
+    kept = {shard for group in grouped._groups for shard in group.shards}
+    assert {shard for shard in grouped.dataset.shards if shard._tokens is not None} <= kept
+
+
+def test_rows_over_groups_depend_on_neither_the_rows_before_nor_the_thread(grouped):
+    last = 3 * len(grouped)
+    expected = [grouped.row(index) for index in range(last)]
+    fresh = PackedRows(grouped.dataset, 16, seed=3)
+    order = np.random.default_rng(0).permutation(last)
+    with ThreadPoolExecutor(4) as pool:
+        for index, row in zip(order, pool.map(fresh.row, order), strict=True):
+            assert_same(row, expected[index])
+
+
+def times_read(rows, epoch):
+    """How often each token is an input in an epoch."""
+    inputs = [rows.row(epoch * len(rows) + i).tokens for i in range(len(rows))]
+    return np.bincount(np.concatenate(inputs), minlength=NUM_TOKENS)
+
+
+def test_a_whole_length_weight_is_how_often_a_document_comes(dataset):
+    weights = [LengthWeight(10, 2.0), LengthWeight(30, 3.0), LengthWeight(35, 0.0)]
+    rows = PackedRows(dataset, 4, seed=3, length_weights=weights)
+    expected = [(1, 2, 3, 0)[np.searchsorted([10, 30, 35], len(d), side="right")] for d in DOCUMENTS]
+    assert len(rows) == (sum(e * len(d) for e, d in zip(expected, DOCUMENTS, strict=True)) - 1) // 4
+    read = times_read(rows, 0)
+    wrong = sum(abs(read[token] - e) for e, d in zip(expected, DOCUMENTS, strict=True) for token in d)
+    assert 1 <= wrong <= 4  # what is left after the last row
+
+
+def test_a_broken_length_weight_holds_on_the_mean_of_epochs_of_equally_many_rows(dataset):
+    rows = PackedRows(dataset, 4, seed=3, length_weights=[LengthWeight(0, 1.5)])
+    assert len(rows) == (int(1.5 * NUM_TOKENS) - 1) // 4
+    epochs = np.stack([times_read(rows, epoch) for epoch in range(40)])
+    assert set(np.unique(epochs[:, 1:-1])) <= {0, 1, 2}
+    by_document = np.array([epochs[:, document].mean() for document in DOCUMENTS])
+    assert by_document.mean() == pytest.approx(1.5, abs=0.02)
+    assert 1.2 < by_document.min() and by_document.max() < 1.8  # 0.5 / sqrt(40) = 0.08 is one deviation
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_rows_that_nothing_fills_are_refused(dataset):
     with pytest.raises(ValueError, match="do not fill a row of seq_len=100000"):
         PackedRows(dataset, 100_000, seed=0)
-    with pytest.raises(ValueError, match="0 tokens in documents of at least 5000"):
-        PackedRows(dataset, 16, seed=0, min_document_tokens=5000)
-
-
-def test_processes_that_do_not_divide_the_batch_are_refused(rows):
-    with pytest.raises(ValueError, match="batch_size=8 is not a positive multiple of process_count=3"):
-        Batches(rows, 8, process_count=3)
-    with pytest.raises(ValueError, match="process_index=2 is not below process_count=2"):
-        Batches(rows, 8, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="no document of source a reaches .*5000, the longest has 38"):
+        PackedRows(dataset, 16, seed=0, source="a", min_document_tokens=5000)
+    with pytest.raises(ValueError, match="^0 tokens in documents of at least 0 do not fill"):
+        PackedRows(dataset, 16, seed=0, length_weights=[LengthWeight(0, 0.0)])
+    with pytest.raises(ValueError, match="length_weights count from 0"):
+        PackedRows(dataset, 16, seed=0, length_weights=[LengthWeight(0, -1.0)])

@@ -1,6 +1,5 @@
 """benchmarks.gqa: what its variants differ by, what it scores, and that a finished run is not trained again."""
 
-import json
 import math
 
 import jax
@@ -13,8 +12,10 @@ import llama_jax
 from benchmarks import gqa
 from benchmarks.gqa import VARIANTS, heldout_loss, result_row, table_row, trained_loss, variant_config, variant_model
 from llama_jax.model import Llama
+from tests.prepared import write_prepared
 from tests.tiny import TINY
-from train.data import PackedRows, TokenDataset
+from train.data import PackedRows
+from train.shards import open_sources
 
 
 def test_variants_at_equal_width_differ_by_their_kv_heads_alone():
@@ -41,13 +42,9 @@ def test_the_seed_and_the_tokens_reach_the_run():
 @pytest.fixture
 def dataset(tmp_path):
     """Five held-out documents of 60 tokens of TINY's vocabulary."""
-    tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, 300).astype("<u2")
-    tokens.tofile(tmp_path / "heldout.tokens")
-    np.arange(0, 301, 60, dtype="<i8").tofile(tmp_path / "heldout.offsets")
-    split = {"documents": 5, "tokens": 300}
-    metadata = {"format_version": 1, "vocab_size": TINY.vocab_size, "dtype": "uint16", "splits": {"heldout": split}}
-    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
-    return TokenDataset(tmp_path, "heldout")
+    documents = np.random.default_rng(0).integers(0, TINY.vocab_size, (5, 60))
+    write_prepared(tmp_path, {"text": {"heldout": documents.tolist()}}, TINY.vocab_size)
+    return open_sources(tmp_path, "heldout")["text"]
 
 
 def test_every_held_out_row_is_scored_once(dataset, monkeypatch):

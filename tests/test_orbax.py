@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -18,10 +15,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.checkpoint import orbax
-from llama_jax.checkpoint.orbax import OrbaxSource, save_arrays, write_orbax
+from llama_jax.checkpoint.orbax import OrbaxSource, write_orbax
 from llama_jax.checkpoint.source import TensorSpec
-
-ROOT = Path(__file__).parents[1]
+from tests.processes import free_address, outputs, start_python
 
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int32", "bool", "int64"]
 
@@ -41,6 +37,11 @@ def specs_of(tensors: dict[str, np.ndarray]) -> dict[str, TensorSpec]:
 def same_bits(a, b) -> bool:
     a, b = np.asarray(a), np.asarray(b)
     return (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes())
+
+
+def save_with_orbax(directory: Path, arrays: dict[str, jax.Array]):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(directory, arrays)
 
 
 @pytest.fixture
@@ -90,10 +91,10 @@ def test_orbax_restores_onto_a_mesh_what_we_write(tmp_path, small_chunks):
 
 
 @pytest.mark.parametrize("spec", [P(), P("x", "y"), P(None, ("x", "y")), P("y")])
-def test_arrays_on_a_mesh_are_read_back_in_any_slice(tmp_path, spec):
+def test_arrays_that_orbax_saved_from_a_mesh_are_read_in_any_slice(tmp_path, spec):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     tensor = random_bits((16, 24), "bfloat16")
-    save_arrays(tmp_path / "out", {"a.weight": jax.device_put(tensor, NamedSharding(mesh, spec))})
+    save_with_orbax(tmp_path / "out", {"a.weight": jax.device_put(tensor, NamedSharding(mesh, spec))})
     source = OrbaxSource(tmp_path / "out")
     assert source.tensors == {"a.weight": TensorSpec((16, 24), tensor.dtype)}
     assert same_bits(source.read("a.weight"), tensor)
@@ -101,9 +102,9 @@ def test_arrays_on_a_mesh_are_read_back_in_any_slice(tmp_path, spec):
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "int64"])
-def test_every_dtype_of_jax_comes_back_from_ordinary_saving(tmp_path, dtype):
+def test_every_dtype_of_jax_comes_back_from_orbaxs_own_saving(tmp_path, dtype):
     tensor = random_bits((6, 10), dtype)
-    save_arrays(tmp_path / "out", {"a": jax.device_put(tensor)})
+    save_with_orbax(tmp_path / "out", {"a": jax.device_put(tensor)})
     assert same_bits(OrbaxSource(tmp_path / "out").read("a"), tensor)
 
 
@@ -122,32 +123,23 @@ PROCESS = """
 import sys
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-from llama_jax.checkpoint.orbax import save_arrays
 mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
 whole = np.arange(96, dtype=np.float32).reshape(8, 12)
 def place(*spec):
     sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-save_arrays(sys.argv[3], {"rows": place("x"), "columns": place(None, "x"), "whole": place()})
+with ocp.PyTreeCheckpointer() as checkpointer:
+    checkpointer.save(sys.argv[3], {"rows": place("x"), "columns": place(None, "x"), "whole": place()})
+print(1)
 """
 
 
-def run_python(code: str, *args: str) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def test_one_process_reads_what_two_have_written(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    processes = [run_python(PROCESS, address, str(i), str(tmp_path / "out")) for i in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+def test_one_process_reads_what_two_have_written_with_orbax(tmp_path):
+    address = free_address()
+    outputs(*(start_python(PROCESS, address, i, tmp_path / "out") for i in range(2)))
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= set(os.listdir(tmp_path / "out"))
     source, whole = OrbaxSource(tmp_path / "out"), np.arange(96, dtype=np.float32).reshape(8, 12)
     for name in ("rows", "columns", "whole"):
@@ -169,7 +161,7 @@ def test_a_slice_is_numpys_slice(tmp_path, index, small_chunks):
 
 def test_a_slice_needs_none_of_the_other_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(orbax, "_CHUNK_BYTES", 4096)
-    monkeypatch.setattr(orbax, "_CHUNKS_IN_FLIGHT", 1)  # a file for each chunk
+    monkeypatch.setattr(orbax, "_BYTES_IN_FLIGHT", 0)  # a file for each chunk
     tensor = random_bits((64, 64), "float32")
     write_orbax(tmp_path / "out", specs_of({"a": tensor}), [("a", tensor)])
     source = OrbaxSource(tmp_path / "out")
@@ -193,8 +185,22 @@ def test_a_slice_needs_none_of_the_other_chunks(tmp_path, monkeypatch):
     ],
 )
 def test_chunks_of_float32_hold_at_most_4_mib(shape, chunk):
-    assert orbax._chunk_shape(shape, 4) == chunk
+    assert orbax.chunk_shape(shape, 4) == chunk
     assert 4 * np.prod(chunk) <= 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("shape", "grain", "chunk"),
+    [
+        ((14336, 4096), (1792, 512), [1792, 512]),  # 8 x 8 devices; 3.5 MiB
+        ((14336, 4096), (1792, 4096), [896, 1024]),
+        ((128_257, 4096), (16_033, 4096), [16_033, 64]),  # an odd number of rows is left as it is
+        ((9, 4096), (3, 4096), [3, 4096]),
+    ],
+)
+def test_chunks_divide_what_each_process_writes(shape, grain, chunk):
+    assert orbax.chunk_shape(shape, 4, grain) == chunk
+    assert all(side % part == 0 for side, part in zip(grain, chunk, strict=True))
 
 
 def test_each_tensor_is_let_go_before_the_next_is_asked_for(tmp_path, small_chunks):
@@ -228,10 +234,8 @@ print(write(sys.argv[1] + "/large", 40) - before)
 
 
 def test_ten_times_the_tensors_take_no_more_memory(tmp_path):
-    process = run_python(STREAM, str(tmp_path))
-    grown, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert float(grown) < 60  # MiB; 36 more tensors of 8 MiB are 288
+    [grown] = outputs(start_python(STREAM, tmp_path))
+    assert grown < 60  # MiB; 36 more tensors of 8 MiB are 288
 
 
 # Failures
@@ -269,7 +273,8 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path, error):
 def test_a_disk_that_fails_is_an_os_error_and_leaves_nothing(tmp_path):
     def stream():
         yield "a", np.zeros(2, np.float32)
-        data = tmp_path / "out.orbax-checkpoint-tmp" / "ocdbt.process_0" / "d"
+        [staged] = tmp_path.iterdir()
+        data = staged / "ocdbt.process_0" / "d"
         shutil.rmtree(data)
         data.touch()
         yield "b", np.zeros(2, np.float32)
@@ -280,19 +285,12 @@ def test_a_disk_that_fails_is_an_os_error_and_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_arrays_that_orbax_refuses_leave_nothing(tmp_path):
-    with pytest.raises(ValueError, match="zero size.*empty"):
-        save_arrays(tmp_path / "out", {"a": jax.numpy.ones(2), "empty": jax.numpy.ones(0)})
-    assert os.listdir(tmp_path) == []
-
-
 def test_an_empty_directory_is_filled_and_a_full_one_is_kept(tmp_path):
     tensors = {"a": np.ones(2, np.float32)}
     (tmp_path / "out").mkdir()
     write_orbax(tmp_path / "out", specs_of(tensors), tensors.items())
-    for write in (lambda: write_orbax(tmp_path / "out", {}, []), lambda: save_arrays(tmp_path / "out", {})):
-        with pytest.raises(FileExistsError, match="out exists and is not an empty directory"):
-            write()
+    with pytest.raises(FileExistsError, match="out exists and is not an empty directory"):
+        write_orbax(tmp_path / "out", {}, [])
     assert same_bits(OrbaxSource(tmp_path / "out").read("a"), tensors["a"])
 
 
@@ -329,8 +327,16 @@ def test_a_chunk_that_was_never_written_is_not_taken_for_zeros(written):
         OrbaxSource(written).read("a")
 
 
-def test_damaged_arrays_of_ordinary_saving_are_named(tmp_path):
-    save_arrays(tmp_path / "out", {"a": jax.device_put(random_bits((40, 100), "uint8"))})
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink, lambda path: os.truncate(path, 100)])
+def test_a_check_reads_everything(written, damage):
+    OrbaxSource(written).check()
+    damage(largest_file(written))
+    with pytest.raises(ValueError, match="out: array 'a' is damaged or was never finished"):
+        OrbaxSource(written).check()
+
+
+def test_damaged_arrays_of_orbaxs_own_saving_are_named(tmp_path):
+    save_with_orbax(tmp_path / "out", {"a": jax.device_put(random_bits((40, 100), "uint8"))})
     os.truncate(largest_file(tmp_path / "out"), 100)
     with pytest.raises(ValueError, match="out: array 'a' is damaged or was never finished"):
         OrbaxSource(tmp_path / "out").read("a")

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import infer.plan
+import llama_jax.plan
 import train.plan
 from infer.engine import Engine
 from infer.generate import main as generate
 from llama_jax.mesh import use_mesh
-from llama_jax.plan import _refused, collective_seconds, plan
-from llama_jax.program import Collective
+from llama_jax.plan import _refused, collective_seconds, plan, rows
+from llama_jax.program import Collective, read_program
 from llama_jax.slices import CHIPS, parse_slice
 from tests.tiny import TINY
 from train.checkpoints import initial_state
@@ -93,17 +94,31 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused_with_the_ways_out():
         list(train.plan.plan_stage(small, "1", CPU8))
 
 
-def test_what_does_not_fit_is_said_with_what_takes_the_space_and_what_would_do(planned):
+def test_what_does_not_fit_is_said_with_what_takes_the_space_and_a_change_that_was_compiled(planned, monkeypatch):
     found, _ = planned
-    target = parse_slice("v5e:2x4")
-    full = dataclasses.replace(
-        found, hbm_capacity_bytes=100, chips=8, parts={"weights": 20 * 2**30, "optimizer": 20 * 2**30}
-    )
-    assert train.plan.advice(CONFIG, full, target).endswith("the smallest slice that holds them is v5e:4x8")
-    crowded = dataclasses.replace(full, parts={"weights": 8, "optimizer": 16}, hbm_temporaries_bytes=2**30)
-    assert train.plan.advice(CONFIG, crowded, target).startswith(
-        "temporaries are 1.00 GiB a chip; try run.loss_chunks=4"
-    )
+    capacity = found.hbm_peak_bytes - 1
+    monkeypatch.setattr(llama_jax.plan, "_capacity", lambda target: capacity)
+    config = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, remat="none"))
+    ((crowded, report),) = train.plan.plan_stage(config, "1", CPU8)
+    assert not crowded.fits
+    assert list(report["largest"]) == list(crowded.largest)
+    assert report["advice"].startswith("--set run.remat=full --set run.loss_chunks=4 fits: ")
+
+
+def test_the_largest_buffers_have_the_models_names(planned):
+    found, _ = planned
+    # 16 tokens of 4 rows a device; half of the vocabulary of 128, and half of the MLP's width of 160.
+    assert found.largest["logits of a chunk of the loss (f32)"] == 4 * 64 * 64
+    assert found.largest["residual stream, saved of every layer (f32)"] == 4 * 2 * 64 * 64
+    assert found.largest["gradient of gate or up of a layer (f32)"] == 4 * 64 * 80
+    sizes = list(found.largest.values())
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_programs_text_is_written_where_it_is_asked_for(tmp_path):
+    path = tmp_path / "step.hlo"
+    ((found, _),) = train.plan.plan_stage(CONFIG, "1", CPU8, hlo=path)
+    assert read_program(path.read_text()).matmul_flops == found.matmul_flops_per_chip
 
 
 @pytest.mark.parametrize(
@@ -157,9 +172,7 @@ def test_a_plan_counts_the_programs_own_work():
 def test_generation_plans_the_engines_own_programs(monkeypatch):
     lowered = []
     monkeypatch.setattr(infer.plan, "plan", lambda *args, **known: lowered.append(args[0]) or plan(*args, **known))
-    found = infer.plan.plan_generation(
-        TINY, CPU8, mesh="tensor=2", dtype="float32", batch=2, prompt_tokens=24, context=32
-    )
+    found = infer.plan.plan_generation(infer.plan.Workload(TINY, "float32", 2, 24, 32), CPU8, "tensor=2")
     assert found.weights_bytes == found.decode.parts["weights"]
     assert found.cache_bytes == 2 * TINY.cache_bytes_per_token(4) * 32 // 2
     assert (
@@ -182,9 +195,41 @@ def test_a_preset_is_planned_without_its_weights(capsys, monkeypatch):
     assert (found["context"], found["dtype"], found["decode"]["mesh"]) == (32, "float32", "tensor=2")
 
 
-def test_several_slices_are_refused_until_a_mesh_can_span_them():
-    with pytest.raises(ValueError, match="several slices is not built yet"):
-        list(train.plan.plan_stage(CONFIG, "1", parse_slice("2xv4:4x4x4")))
+def test_weights_that_no_mesh_can_hold_are_refused_with_the_smallest_slice_that_would():
+    argv = ["--checkpoint", "llama3.1-70b", "--plan", "v5e:2x2"]
+    with pytest.raises(ValueError, match="the smallest slice that holds them is v5e:4x4"):
+        generate(argv)
+
+
+def test_a_gpu_is_planned_on_cpu_devices_and_says_so(planned):
+    found, report = next(train.plan.plan_stage(CONFIG, "1", parse_slice("2xh100:4")))
+    assert found.hbm_arguments_bytes == planned[0].hbm_arguments_bytes
+    assert (found.compiler, found.hbm_capacity_bytes) == ("cpu", CHIPS["h100"].hbm_bytes)
+    assert {source for _, source, _ in rows(found)} == {"compiled for CPU", "exact", "assumed", "estimated"}
+    moved = [networks["network"] for networks in found.collectives.values()]
+    assert max(moved) > 0
+    assert report["cost"] > 0
+
+
+@pytest.mark.parametrize(
+    ("members", "seconds"),
+    [
+        (range(4), 3 / 4 / 4.5e11),
+        (range(8), 1 / 2 / (4 * 5.0e10)),
+        ((0, 4), 1 / 2 / 5.0e10),
+    ],
+)
+def test_gpus_exchange_over_nvlink_in_a_node_and_over_all_their_networks_between(members, seconds):
+    target = parse_slice("2xh100:4")
+    devices = [SimpleNamespace(id=number) for number in members]
+    assert collective_seconds(Collective("all-gather", (), True), 1.0, devices, target) == pytest.approx(seconds)
+
+
+def test_slices_of_tpus_exchange_each_devices_own_array_over_the_data_centers_network():
+    target = parse_slice("2xv5p:4x4x4")
+    devices = [SimpleNamespace(coords=(0, 0, 0))] * 2
+    seconds = collective_seconds(Collective("all-reduce", (), True, across=True), 1e9, devices, target)
+    assert seconds == pytest.approx(2 * 1e9 / 2 / 6.25e9)
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")

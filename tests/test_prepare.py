@@ -1,13 +1,13 @@
 """Preparing data: which documents, which split, which tokenizer, which bytes."""
 
+import hashlib
 import json
 import os
 import random
 import re
-import signal
-import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +15,20 @@ import pytest
 from llama_jax.chat import encode_chat
 from llama_jax.entry import run_entry
 from llama_jax.tokenizer import load_tokenizer
-from train import corpus, prepare
-from train.data import PackedRows, TokenDataset
+from train import corpus, parts, prepare, shard_writer
+from train import sources as train_sources
+from train.dedup import Filters
+from train.shards import open_sources
+from train.sources import find_parts, read_part
+from train.tokenizer_training import train_tokenizer
 
 WORDS = "the a lamp llama reads writes over under seven tokens in of quick brown old rows".split()
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """No lines about progress, however slow the machine is."""
+    monkeypatch.setattr("llama_jax.progress._QUIET_SECONDS", 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +53,24 @@ def prepared(sources, tmp_path_factory):
 
 
 def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def texts_of(directory, split):
-    dataset, tokenizer = TokenDataset(directory, split), load_tokenizer(directory)
-    return [tokenizer.decode(dataset.document(i)) for i in range(len(dataset.lengths))]
+def documents(sources):
+    return [document for part in find_parts(sources) for document in read_part(part)]
+
+
+def dataset(directory, split, source="text"):
+    return open_sources(directory, split)[source]
+
+
+def texts_of(directory, split, source="text"):
+    shards, tokenizer = dataset(directory, split, source), load_tokenizer(directory)
+    return [tokenizer.decode(shards.document(i)) for i in range(shards.num_documents)]
+
+
+def bare(text):
+    return text.removeprefix("<|begin_of_text|>").removesuffix("<|end_of_text|>")
 
 
 # Corpus
@@ -60,29 +82,17 @@ def test_held_out_is_a_threshold_on_the_hash_of_the_text():
     assert not corpus.is_held_out("8" + "0" * 63, 0.5) and corpus.is_held_out("7" + "f" * 63, 0.5)
 
 
-def test_a_split_does_not_depend_on_the_other_documents(sources):
-    whole, part = corpus.read(sources), corpus.read(sources[3:7])
-    held = {document.text for document in whole.split("heldout", 0.3)}
-    assert 0 < len(held) < 40
-    assert {document.text for document in part.documents} & held == {d.text for d in part.split("heldout", 0.3)}
-    assert held >= {document.text for document in whole.split("heldout", 0.1)}
-
-
-def test_the_default_corpus_is_pythons_own_text_and_splits_docstrings_with_their_sources():
-    library = corpus.read()
+def test_the_default_corpus_is_pythons_own_text_and_ties_docstrings_to_their_sources():
+    library = list(corpus.python_library())
     characters = Counter()
-    for document in library.documents:
+    for document in library:
         characters[document.source] += len(document.text)
     assert characters["topics"] > 3e5 and characters["docstrings"] > 1e6 and characters["sources"] > 7e6
-    names = {document.id for document in library.documents}
-    assert {"topics/assert", "docstrings/json/decoder.py", "sources/json/decoder.py"} <= names
-    assert not [
-        n for n in names if {"test", "tests", "site-packages", "idlelib"} & {*n.split("/")} or "_sysconfigdata" in n
-    ]
-    assert "sources/pydoc_data/topics.py" not in names
-    split = {d.id: name for name in ("train", "heldout") for d in library.split(name, 0.3)}
-    pairs = [n for n in names if n.startswith("docstrings/") and n.replace("docstrings", "sources", 1) in names]
-    assert len(pairs) > 300 and all(split[n] == split[n.replace("docstrings", "sources", 1)] for n in pairs)
+    texts = {document.text for document in library}
+    assert Path(json.decoder.__file__).read_text() in texts and Path(os.__file__).read_text() in texts
+    assert Path(pytest.__file__).read_text() not in texts
+    pairs = [(a, b) for a, b in zip(library, library[1:], strict=False) if a.source == "docstrings"]
+    assert len(pairs) > 300 and all(a.origin == corpus.text_hash(b.text) and not b.origin for a, b in pairs)
 
 
 def test_docstrings_are_found_at_every_depth_in_order():
@@ -92,45 +102,20 @@ def test_docstrings_are_found_at_every_depth_in_order():
     assert corpus._docstrings(source) == "A\n\nOne.\n\n\nA.f\n\nTwo\nlines."
 
 
-def test_repeated_and_blank_documents_are_dropped_and_counted(tmp_path):
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": " \\n"}\n{"text": "two"}\n')
-    found = corpus.read([tmp_path / "a.txt", tmp_path / "b.jsonl"])
-    assert [document.text for document in found.documents] == ["one", "two"]
-    assert found.dropped == {"unreadable": 0, "blank": 1, "duplicate": 1}
+def test_a_text_falls_into_the_split_of_the_text_it_was_extracted_from(tmp_path, monkeypatch):
+    modules = [f"module {i} " * 5 for i in range(40)]
 
+    def library():
+        for text in modules:
+            yield corpus.Document(f"docstring of {text}", "docstrings", origin=corpus.text_hash(text))
+            yield corpus.Document(text, "sources")
 
-def test_only_a_line_feed_ends_a_json_line(tmp_path):
-    text = "one\u2028two\x85three\r\nfour"
-    (tmp_path / "a.jsonl").write_text(
-        json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8", newline=""
-    )
-    assert [document.text for document in corpus.files([tmp_path / "a.jsonl"])] == [text]
-
-
-def test_the_corpus_hash_sees_texts_and_order_but_not_names(tmp_path):
-    for name, text in {"a": "one", "b": "two", "c": "one"}.items():
-        (tmp_path / name).write_text(text)
-    digest = {names: corpus.corpus_hash(corpus.files(tmp_path / n for n in names)) for names in ("ab", "cb", "ba")}
-    assert digest["ab"] == digest["cb"] != digest["ba"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"fine \xff", r"a\.txt: not UTF-8 text \(invalid start byte at byte 5\)"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', r"a\.jsonl, line 2: Expecting ',' delimiter"),
-        ("a.jsonl", b'{"text": "x"}\n\n["y"]\n', r"a\.jsonl, line 3: not an object with a string under 'text'"),
-        ("a.jsonl", b'{"text": 5}', r"a\.jsonl, line 1: not an object with a string"),
-        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl, line 1: 'utf-8' codec can't decode"),
-        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl, line 1: 'utf-8' codec can't encode"),
-        ("a.txt", b" \n", r"no text in .*a\.txt; give text"),
-    ],
-)
-def test_a_bad_source_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        corpus.read([tmp_path / name])
+    monkeypatch.setattr(train_sources, "python_library", library)
+    prepare.prepare([], tmp_path / "out", vocab_size=520, holdout=0.4)
+    held = {bare(text) for text in texts_of(tmp_path / "out", "heldout", "sources")}
+    assert 5 < len(held) < 30
+    docstrings = {bare(text) for text in texts_of(tmp_path / "out", "heldout", "docstrings")}
+    assert docstrings == {f"docstring of {text}" for text in held}
 
 
 # Splits and bytes
@@ -139,27 +124,84 @@ def test_a_bad_source_is_named(tmp_path, name, content, message):
 def test_every_document_is_in_one_split_and_reads_back_as_its_text(sources, prepared):
     train, heldout = texts_of(prepared, "train"), texts_of(prepared, "heldout")
     assert len(train) + len(heldout) == 40 and not set(train) & set(heldout)
-    expected = {f"<|begin_of_text|>{document.text}<|end_of_text|>" for document in corpus.read(sources).documents}
+    expected = {f"<|begin_of_text|>{document.text}<|end_of_text|>" for document in documents(sources)}
     assert {*train, *heldout} == expected
+    assert all(corpus.is_held_out(corpus.text_hash(bare(text)), 0.3) for text in heldout)
+
+
+def test_a_split_does_not_depend_on_the_other_documents(sources, prepared, tmp_path):
+    prepare.prepare(sources[3:7], tmp_path / "out", tokenizer=prepared, holdout=0.3)
+    part = {document.text for document in documents(sources[3:7])}
+    assert {bare(text) for text in texts_of(tmp_path / "out", "heldout")} == part & {
+        bare(text) for text in texts_of(prepared, "heldout")
+    }
 
 
 def test_the_metadata_counts_what_is_there(sources, prepared):
     metadata = json.loads((prepared / "metadata.json").read_bytes())
-    assert metadata["corpus_hash"] == corpus.corpus_hash(corpus.read(sources).documents)
+    hashes = (corpus.text_hash(document.text) for document in documents(sources))
+    assert metadata["corpus_hash"] == hashlib.sha256("".join(hashes).encode()).hexdigest()
     assert metadata["python_version"] == sys.version.split()[0]
     assert (metadata["vocab_size"], metadata["dtype"], metadata["holdout"]) == (520, "uint16", 0.3)
-    for name, split in metadata["splits"].items():
-        lengths = TokenDataset(prepared, name).lengths
-        texts = [text[len("<|begin_of_text|>") : -len("<|end_of_text|>")] for text in texts_of(prepared, name)]
+    for name, split in metadata["sources"]["text"].items():
+        lengths = dataset(prepared, name).lengths
+        texts = list(map(bare, texts_of(prepared, name)))
         assert split["documents"] == len(lengths) and split["tokens"] == lengths.sum()
         assert split["characters"] == sum(map(len, texts))
         assert split["characters_per_token"] == round(sum(map(len, texts)) / (lengths.sum() - 2 * len(lengths)), 4)
         for unit, total in {"documents": len(lengths), "tokens": lengths.sum()}.items():
-            assert sum(counts[unit] for counts in split["sources"].values()) == total
             assert sum(entry[unit] for entry in split["lengths"]) == total
+            assert sum(entry[unit] for entry in split["shards"]) == total
         for entry in split["lengths"]:
             inside = (lengths >= entry["at_least"]) & (lengths < 2 * entry["at_least"])
             assert inside.sum() == entry["documents"] and lengths[inside].sum() == entry["tokens"]
+
+
+def test_repeated_and_blank_documents_are_dropped_and_counted_by_source(prepared, tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": " \\n"}\n{"text": "two"}\n{"text": null}')
+    given = [f"a={tmp_path / 'a.txt'}", f"b={tmp_path / 'b.jsonl'}"]
+    metadata = prepare.prepare(given, tmp_path / "out", tokenizer=prepared, holdout=0.0)
+    assert texts_of(tmp_path / "out", "train", "a") == ["<|begin_of_text|>one<|end_of_text|>"]
+    assert texts_of(tmp_path / "out", "train", "b") == ["<|begin_of_text|>two<|end_of_text|>"]
+    assert metadata["dropped_documents"] == {"blank": 2, "contaminated": 0, "duplicate": 1, "near_duplicate": 0}
+    assert metadata["dropped_by_source"]["a"]["duplicate"] == 0 and metadata["dropped_by_source"]["b"]["duplicate"] == 1
+
+
+def test_filters_leave_documents_out_of_tokenizer_and_shards(tmp_path):
+    words = [f"word{i}" for i in range(60)]
+    texts = [" ".join(words), " ".join(words[:-1]), " ".join(reversed(words)), "a b c d e f g h i j k l m n o p"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    filters = Filters(0.8, frozenset([" ".join("bcdefghijklmn")]))
+    metadata = prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", vocab_size=512, holdout=0.0, filters=filters)
+    assert list(map(bare, texts_of(tmp_path / "out", "train"))) == [texts[0], texts[2]]
+    assert metadata["dropped_documents"] == {"blank": 0, "contaminated": 1, "duplicate": 0, "near_duplicate": 1}
+    with pytest.raises(FileExistsError, match="near_duplicates 0.8, not None"):
+        prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", vocab_size=512, holdout=0.0)
+
+
+def test_shards_are_full_and_hold_whole_documents_in_order(sources, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(parts, "_PIECE_CHARACTERS", 700)
+    metadata = prepare.prepare(sources, tmp_path / "out", tokenizer=prepared, holdout=0.3)
+    train = dataset(tmp_path / "out", "train")
+    sizes = [entry["tokens"] for entry in metadata["sources"]["text"]["train"]["shards"]]
+    assert len(sizes) > 10 and max(sizes) > 100
+    for size, shard, following in zip(sizes, train.shards, train.shards[1:], strict=False):
+        assert size <= 100 or shard.num_documents == 1
+        assert size + following.lengths()[0] > 100
+    assert texts_of(tmp_path / "out", "train") == texts_of(prepared, "train")
+
+
+def test_documents_of_equal_length_fill_a_shard_to_the_last_token(tmp_path):
+    with prepare.ExitStack() as files:
+        writer = shard_writer.ShardWriter(tmp_path / "train", 6, files)
+        writer.write(np.arange(9, dtype=np.uint16), np.array([3, 3, 3]), 1)
+        writer.write(np.arange(9, 19, dtype=np.uint16), np.array([3, 7]), 1)
+        counts = writer.close()
+    assert [(shard["documents"], shard["tokens"]) for shard in counts["shards"]] == [(2, 6), (2, 6), (1, 7)]
+    assert np.fromfile(tmp_path / "train-00001.tokens", "<u2").tolist() == [6, 7, 8, 9, 10, 11]
+    assert np.fromfile(tmp_path / "train-00001.offsets", "<i8").tolist() == [0, 3, 6]
 
 
 def test_two_runs_write_the_same_bytes(sources, prepared, tmp_path):
@@ -168,15 +210,8 @@ def test_two_runs_write_the_same_bytes(sources, prepared, tmp_path):
 
 
 def test_the_tokenizer_does_not_see_held_out_text(sources, prepared):
-    texts = [document.text for document in corpus.read(sources).split("train", 0.3)]
-    assert prepare.train_tokenizer(texts, 520).items() <= contents(prepared).items()
-
-
-def test_prepared_data_makes_rows(prepared):
-    dataset = TokenDataset(prepared, "train", vocab_size=520)
-    rows = PackedRows(dataset, 32, 0)
-    opening = [row for i in range(len(rows)) if (row := rows.row(i)).tokens[0] == 264]
-    assert opening and all(row.tokens.shape == (32,) and row.positions[0] == 0 for row in opening)
+    texts = [d.text for d in documents(sources) if not corpus.is_held_out(corpus.text_hash(d.text), 0.3)]
+    assert train_tokenizer(texts, 520).items() <= contents(prepared).items()
 
 
 # Tokenizer
@@ -230,7 +265,7 @@ def test_the_chat_template_is_llama_3s(prepared):
 def test_special_names_in_a_text_stay_text(sources, tmp_path):
     (tmp_path / "a.txt").write_text("say <|end_of_text|> now")
     prepare.prepare([tmp_path / "a.txt", *sources], tmp_path / "out", vocab_size=512, holdout=0.0)
-    document = TokenDataset(tmp_path / "out", "train").document(0)
+    document = dataset(tmp_path / "out", "train").document(0)
     assert len(document) == len("say <|end_of_text|> now") + 2 and (document[1:-1] < 256).all()
 
 
@@ -244,7 +279,7 @@ def test_a_given_tokenizer_is_used_and_copied(sources, prepared, tmp_path):
 def test_metas_tokenizer_makes_uint32_shards(sources, shared_data, tmp_path):
     model = shared_data / "llama3" / "tokenizer.model"
     metadata = prepare.prepare(sources[:2], tmp_path / "out", tokenizer=model, holdout=0.0)
-    tokens = np.fromfile(tmp_path / "out" / "train.tokens", "<u4")
+    tokens = np.fromfile(tmp_path / "out" / "text" / "train-00000.tokens", "<u4")
     assert metadata["dtype"] == "uint32" and tokens[0] == 128_000 and tokens[-1] == 128_001
     assert load_tokenizer(tmp_path / "out").vocab_size == metadata["vocab_size"] == 128_256
 
@@ -258,7 +293,7 @@ def test_documents_end_with_end_of_text_where_the_tokenizers_eos_ends_a_turn(sou
             )
     assert load_tokenizer(tmp_path / "instruct").eos_id == 273
     prepare.prepare(sources[:1], tmp_path / "out", tokenizer=tmp_path / "instruct", holdout=0.0)
-    assert TokenDataset(tmp_path / "out", "train").tokens[-1] == 265
+    assert dataset(tmp_path / "out", "train").document(0)[-1] == 265
 
 
 # Runs
@@ -266,7 +301,7 @@ def test_documents_end_with_end_of_text_where_the_tokenizers_eos_ends_a_turn(sou
 
 def test_the_same_inputs_again_do_nothing(sources, prepared, capsys, monkeypatch):
     before = contents(prepared)
-    monkeypatch.setattr(prepare, "_write_split", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(prepare, "encode_parts", lambda *_: pytest.fail("work was done"))
     metadata = prepare.prepare(sources, prepared, vocab_size=520, holdout=0.3)
     assert "already holds this preparation" in capsys.readouterr().err
     assert contents(prepared) == before and json.loads(before["metadata.json"]) == metadata
@@ -277,7 +312,7 @@ def test_the_same_inputs_again_do_nothing(sources, prepared, capsys, monkeypatch
     [
         ({"vocab_size": 530}, "vocab_size 520, not 530"),
         ({"holdout": 0.2}, "holdout 0.3, not 0.2"),
-        ({"sources": slice(3)}, "corpus_hash .*, not .*; remove it or choose another --out"),
+        ({"sources": slice(3)}, r"files \w+, not \w+\); remove it or choose another --out"),
     ],
 )
 def test_other_inputs_are_refused_and_change_nothing(sources, prepared, change, message):
@@ -288,34 +323,12 @@ def test_other_inputs_are_refused_and_change_nothing(sources, prepared, change, 
     assert contents(prepared) == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_run_leaves_nothing(sources, tmp_path, monkeypatch, error):
-    write_split = prepare._write_split
-
-    def interrupted(stem, *rest):
-        if stem.name == "heldout":
-            raise error
-        return write_split(stem, *rest)
-
-    monkeypatch.setattr(prepare, "_write_split", interrupted)
-    with pytest.raises(error if isinstance(error, type) else OSError):
-        prepare.prepare(sources, tmp_path / "out", vocab_size=520)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_killed_run_leaves_no_directory_and_the_next_one_succeeds(sources, prepared, tmp_path):
-    script = (
-        "import os, signal, sys; from train import prepare; write_split = prepare._write_split\n"
-        "def killed(stem, *rest):\n"
-        "    os.kill(os.getpid(), signal.SIGKILL) if stem.name == 'heldout' else None\n"
-        "    return write_split(stem, *rest)\n"
-        "prepare._write_split = killed; prepare.main(sys.argv[1:])"
-    )
-    arguments = [*map(str, sources), "--vocab-size=520", "--holdout=0.3", f"--out={tmp_path / 'out'}"]
-    run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True)
-    assert run.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    prepare.main(arguments)
-    assert contents(tmp_path / "out") == contents(prepared)
+def test_a_file_that_has_changed_makes_other_data(tmp_path, prepared):
+    (tmp_path / "a.txt").write_text("one")
+    prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=prepared, holdout=0.0)
+    (tmp_path / "a.txt").write_text("two")
+    with pytest.raises(FileExistsError, match="was prepared from other files"):
+        prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=prepared, holdout=0.0)
 
 
 def test_the_command_prints_a_table_or_the_metadata(sources, tmp_path, capsys):
@@ -324,6 +337,9 @@ def test_the_command_prints_a_table_or_the_metadata(sources, tmp_path, capsys):
     shown = capsys.readouterr()
     metadata = json.loads((tmp_path / "out" / "metadata.json").read_bytes())
     assert metadata["corpus_hash"] in shown.out and metadata["python_version"] in shown.out and shown.err == ""
+    counts = metadata["sources"]["text"]["train"]
+    assert re.search(rf"\ntext +train +{counts['documents']} +{counts['tokens']:,} ", shown.out)
+    assert re.search(r"\nsource +<256\ntext +40$", shown.out.rstrip())
     prepare.main([*arguments, "--json"])
     assert json.loads(capsys.readouterr().out) == metadata
 
@@ -331,13 +347,15 @@ def test_the_command_prints_a_table_or_the_metadata(sources, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.txt"], "No such file or directory: .*missing.txt"),
+        (["missing.txt"], "missing.txt: no such file; expected a file, a folder that holds some, or a glob"),
         (["az://bucket/a.txt"], "expected a local path"),
         (["--vocab-size=300"], "vocab_size=300 is below 512, 256 bytes and 256 special tokens"),
         (["--vocab-size=9999"], r"the text has pairs for vocab_size=\d+ only, not 9999"),
         (["--vocab-size=0"], "vocab_size=0 is below 512"),
         (["--holdout=1.0"], "holdout=1.0 is not a fraction"),
         (["--holdout=0.999999"], "leaves none of 10 documents to train on"),
+        (["--holdout=200%"], "holdout=2.0 is not a fraction"),
+        (["--dedup=minhash", "--dedup-threshold=2"], "a threshold of 2.0 is not between 0 and 1"),
         (["--tokenizer=absent"], "no tokenizer at .*absent"),
         (["--tokenizer=absent", "--vocab-size=600"], "leave out vocab_size or the tokenizer"),
     ],
@@ -355,4 +373,8 @@ def test_a_log_gets_no_bar(sources, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("llama_jax.progress._QUIET_SECONDS", 0.0)
     prepare.prepare(sources, tmp_path / "out", vocab_size=512, holdout=0.3)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(" in ")[0] for line in lines] == ["train: 31.0 documents", "heldout: 9.00 documents"]
+    assert [line.partition(" in ")[0] for line in lines] == [
+        "training the tokenizer: 1.00 parts",
+        "encoding: 1.00 parts",
+        "writing: 1.00 parts",
+    ]

@@ -9,7 +9,7 @@ from flax import nnx
 
 from llama_jax.mesh import make_mesh
 from llama_jax.model import Llama
-from llama_jax.program import Collective, read_program
+from llama_jax.program import Buffer, Collective, read_program
 from tests.tiny import TINY
 
 
@@ -18,8 +18,14 @@ def module(*lines: str, before: str = "") -> str:
     return f"HloModule m, is_scheduled=true\n\n{before}\nENTRY %main (a: f32[8]) -> f32[8] {{\n{body}\n}}\n"
 
 
-def loop(body: str, *, condition: str = "", config: str = "", start: str = "s32[] constant(0)") -> str:
-    """A module whose loop has this body."""
+def loop(body: str, *, condition: str = "", config: str = "", start: str = "s32[] constant(0)", step: int = 1) -> str:
+    """A module whose loop has this body, and counts in such steps."""
+    body += (
+        "\n  %carried = (s32[], f32[8]{0}) parameter(0)\n  %j = s32[] get-tuple-element(%carried), index=0\n"
+        "  %v = f32[8]{0} get-tuple-element(%carried), index=1\n"
+        f"  %step = s32[] constant({step})\n  %next = s32[] add(%j, %step)\n"
+        "  ROOT %after = (s32[], f32[8]{0}) tuple(%next, %v)"
+    )
     condition = (
         condition or "%bound = s32[]{:T(128)} constant(12)\n  ROOT %lt = pred[] compare(%i, %bound), direction=LT"
     )
@@ -54,6 +60,8 @@ def test_a_product_is_two_flops_for_each_value_and_contracted_place():
     [
         ({}, 12),
         ({"start": "s32[] constant(2)"}, 10),
+        ({"step": 4}, 3),
+        ({"step": 5}, 3),
         ({"config": ', backend_config={"known_trip_count":{"n":"7"}}'}, 7),
         ({"condition": "ROOT %done = pred[] compare(%i, %i), direction=GT"}, 1),
     ],
@@ -139,6 +147,34 @@ def test_cycles_copies_and_what_a_fusion_calls_are_summed():
 def test_a_collective_has_its_kind_its_first_group_and_the_whole_arrays_bytes(line, collective, size):
     program = read_program(module("%x = f32[16]{0} parameter(0)", f"%g = {line}"))
     assert program.collectives == {collective: size}
+
+
+def test_what_a_slice_sends_to_the_others_is_a_collective_across_them():
+    attributes = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"'
+    text = module(
+        "%x = bf16[64,8]{1,0} parameter(0)",
+        "%t = token[] after-all()",
+        "%s = (bf16[64,8]{1,0}, u32[], token[]) send(%x, %t), channel_id=4, is_host_transfer=true, "
+        f"frontend_attributes={{{attributes}}}",
+    )
+    assert read_program(text).collectives == {Collective("all-reduce", (), True, across=True): 1024}
+
+
+def test_buffers_are_the_arrays_in_main_memory_that_are_not_within_a_fusion():
+    before = f"%fused (p: f32[8]) -> f32[8] {{\n  {DOT}\n}}\n"
+    text = module(
+        "%x = f32[8]{0} parameter(0)",
+        '%f = f32[64]{0:T(128)} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/logits/dot"}',
+        "%v = f32[32]{0:T(128)S(3)} copy(%f)",
+        "%m = (f32[2]{0}, s32[4]{0}) all-to-all(%f, %f)",
+        before=before,
+    )
+    assert read_program(text).buffers == {
+        Buffer("f32", (64,), "jit(step)/logits/dot"),
+        Buffer("f32", (2,), "all-to-all"),
+        Buffer("s32", (4,), "all-to-all"),
+    }
+    assert Buffer("bf16", (64, 2), "").num_bytes == 256
 
 
 def test_a_reduction_that_a_tpu_slices_at_once_is_a_reduce_scatter():

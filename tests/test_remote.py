@@ -25,10 +25,10 @@ from llama_jax.model import Llama
 from tests.tiny import TINY
 from train import checkpoints
 from train.checkpoints import saved_steps
-from train.data import TokenDataset
 from train.metrics import read_metrics
 from train.prepare import prepare
 from train.pretrain import main as pretrain
+from train.shards import open_sources
 
 moto = pytest.importorskip("moto.server", reason="the emulator of s3 (moto) is not installed")
 gcp = pytest.importorskip("gcp_storage_emulator.server", reason="the emulator of gs is not installed")
@@ -241,11 +241,12 @@ def test_data_prepared_in_a_bucket_are_those_prepared_on_disk(store, home):
     paths.as_path(f"{store}/text.jsonl").write_bytes((home / "text.jsonl").read_bytes())
     prepare([f"{store}/text.jsonl"], f"{store}/data", vocab_size=540, holdout=0.2)
     for split in ("train", "heldout"):
-        local, remote = TokenDataset(home / "data", split), TokenDataset(f"{store}/data", split)
-        np.testing.assert_array_equal(local.tokens, remote.tokens)
-        np.testing.assert_array_equal(local.offsets, remote.offsets)
-    paths.as_path(f"{store}/data/train.tokens").unlink()
-    TokenDataset(f"{store}/data", "train")  # the copy in the cache
+        local, remote = (open_sources(path, split)["text"] for path in (home / "data", f"{store}/data"))
+        assert [local.document(i).tolist() for i in range(local.num_documents)] == [
+            remote.document(i).tolist() for i in range(remote.num_documents)
+        ]
+    paths.as_path(f"{store}/data/text/train-00000.tokens").unlink()
+    open_sources(f"{store}/data", "train")  # the copy in the cache
 
 
 def test_a_run_in_a_bucket_goes_on_to_the_same_bits_after_a_kill(store, home, monkeypatch, capsys):

@@ -23,6 +23,10 @@ from llama_jax.slices import CHIPS, Slice, open_slice, parse_slice, slice_shapes
         ("v6e-1", Slice("v6e", (1, 1)), 1),
         ("2xv5p:8x8x8", Slice("v5p", (8, 8, 8), 2), 1024),
         ("cpu:8", Slice("cpu", (8,)), 8),
+        ("h100:8", Slice("h100", (8,)), 8),
+        ("8xh100:8", Slice("h100", (8,), 8), 64),
+        ("h200:256", Slice("h200", (8,), 32), 256),
+        ("a100-80:4", Slice("a100-80", (4,)), 4),
     ],
 )
 def test_a_slice_is_named_by_its_shape_or_as_the_vendor_does(text, expected, chips):
@@ -44,7 +48,10 @@ def test_a_slice_is_named_by_its_shape_or_as_the_vendor_does(text, expected, chi
         ("2xcpu:8", "unknown slice"),
         ("cpu:2x4", "CPU devices are one number"),
         ("cpu:0", "CPU devices are one number"),
-        ("h100:8", "absent GPUs is not built yet"),
+        ("h100:9", "GPUs of a node are one number up to 8, as in h100:8"),
+        ("h100:2x4", "GPUs of a node are one number"),
+        ("h100-8", "unknown slice"),
+        ("1024xh100:8", "8192 GPUs are more than can be planned, 4096"),
     ],
 )
 def test_a_slice_that_does_not_exist_is_one_line_that_says_what_does(text, message):
@@ -59,9 +66,20 @@ def test_every_shape_that_can_be_rented_can_be_named(kind):
     assert max(map(math.prod, shapes)) == CHIPS[kind].most
 
 
-@pytest.mark.parametrize(("gib", "expected"), [(15, "v5e:1x1"), (16, "v5e:2x2"), (250, "v5e:4x4"), (9000, "None")])
-def test_the_smallest_slice_that_holds_something(gib, expected):
-    assert str(smallest_slice("v5e", gib * 2**30)) == expected
+@pytest.mark.parametrize(
+    ("kind", "gib", "expected"),
+    [
+        ("v5e", 15, "v5e:1x1"),
+        ("v5e", 16, "v5e:2x2"),
+        ("v5e", 250, "v5e:4x4"),
+        ("v5e", 9000, "None"),
+        ("h100", 100, "h100:2"),
+        ("h100", 1000, "2xh100:8"),
+        ("cpu", 1, "None"),
+    ],
+)
+def test_the_smallest_slice_that_holds_something(kind, gib, expected):
+    assert str(smallest_slice(kind, gib * 2**30)) == expected
 
 
 def test_whole_cubes_and_whole_pods_are_rings():

@@ -1,25 +1,29 @@
 """Prepared tokens as rows to train on: documents shuffled, laid end to end and cut.
 
-The format (written by train.prepare): `metadata.json`, and for each split `SPLIT.tokens`, the ids of
-all documents as one flat little-endian array, and `SPLIT.offsets`, int64, where each document starts
-and the last one ends. No token predicts or attends across documents (The Llama 3 Herd of Models,
-arXiv 2407.21783, section 3.2): segment_ids, positions and loss_mask say where they meet.
+No token predicts or attends across documents (The Llama 3 Herd of Models, arXiv 2407.21783, section 3.2):
+segment_ids, positions and loss_mask say where they meet. train.shards reads the documents.
 
-The one invariant: row i is a function of (data, seed, stage, seq_len, min_document_tokens, i) alone. So
-one integer is the whole state of a stage's data, on any number of processes.
+The one invariant: row i of a source is a function of (data, seed, stage, source, seq_len, how often which
+documents come, i) alone. So one integer is the whole state of a source, on any number of processes.
 """
 
-import hashlib
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+import threading
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from llama_jax.paths import as_path, cache_directory, fetch_file, is_remote, make_directory, staged_file
+from train.config import LengthWeight
+from train.shards import FORMAT_VERSION as FORMAT_VERSION  # transitional, as the next three
+from train.shards import SHARD_TOKENS as SHARD_TOKENS
+from train.shards import SPLITS as SPLITS
+from train.shards import Shard, TokenDataset
+from train.shards import open_sources as open_sources
+from train.shards import read_metadata as read_metadata
 
-FORMAT_VERSION = 1
-SPLITS = ("train", "heldout")
+# The most documents that are shuffled together; their order and offsets take 0.8 GB.
+GROUP_DOCUMENTS = 2**25
 
 
 class Batch(NamedTuple):
@@ -38,92 +42,46 @@ class Batch(NamedTuple):
     loss_mask: Any
 
 
-def read_metadata(directory: str | Path) -> dict:
-    """What `metadata.json` of a prepared directory holds.
+class Rows(Protocol):
+    """An endless sequence of rows, the same whenever and wherever one is read; several threads may read at once."""
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or of another format.
-    """
-    path = as_path(directory) / "metadata.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; prepare the data with python -m train.prepare --out {directory}"
-        )
-    try:
-        metadata = json.loads(path.read_bytes())
-        version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); remove {directory} and prepare it again") from None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {version}, expected {FORMAT_VERSION}; prepare the data again")
-    return metadata
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        ...
+
+    def row(self, index: int) -> Batch:
+        """Row `index` >= 0 of all epochs, its arrays [T]."""
+        ...
 
 
-class TokenDataset:
-    """One split of a prepared directory, memory-mapped; of a remote one, a copy in the user's cache.
+class Group(NamedTuple):
+    """Documents of some shards in an order of an epoch, laid end to end.
 
-    tokens: uint16 or uint32 [num_tokens]. offsets: int64 [num_documents + 1]; document d is
-    tokens[offsets[d]:offsets[d + 1]], with its <|begin_of_text|> and <|end_of_text|>.
+    epoch, first_row: where its rows come. first_documents: number of the first document of each shard.
+    starts: where each document starts in its shard. order: documents by number. bounds: where each of them
+    starts when they are laid end to end in this order, and the end of the last. rows: the order of the rows.
     """
 
-    def __init__(self, directory: str | Path, split: str, *, vocab_size: int | None = None):
-        """Opens the split, and checks that it is whole and, if given, of this vocabulary.
+    epoch: int
+    first_row: int
+    shards: list[Shard]
+    first_documents: np.ndarray
+    starts: np.ndarray
+    order: np.ndarray
+    bounds: np.ndarray
+    rows: np.ndarray
 
-        Raises ValueError saying what does not fit; FileNotFoundError if nothing was prepared there.
-        """
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} is unknown; expected one of {', '.join(SPLITS)}")
-        self.metadata = read_metadata(directory)
-        self.vocab_size: int = self.metadata["vocab_size"]
-        if vocab_size not in (None, self.vocab_size):
-            raise ValueError(
-                f"{directory} was prepared with a vocabulary of {self.vocab_size}, expected {vocab_size}; "
-                "prepare it with the model's tokenizer"
-            )
-        counts = self.metadata["splits"][split]
-        if not counts["documents"]:
-            raise ValueError(f"the {split} split of {directory} is empty; prepare it with more documents")
-        stem = _on_disk(as_path(directory), split)
-        self.tokens = _memory_map(stem.with_suffix(".tokens"), np.dtype(self.metadata["dtype"]), counts["tokens"])
-        self.offsets = _memory_map(stem.with_suffix(".offsets"), np.dtype("int64"), counts["documents"] + 1)
-        self.lengths = np.diff(self.offsets)
-        if self.offsets[0] != 0 or self.offsets[-1] != counts["tokens"] or self.lengths.min() < 1:
-            raise ValueError(
-                f"{stem}.offsets is damaged: not rising from 0 to {counts['tokens']}; "
-                f"remove {directory} and prepare it again"
-            )
-
-    def document(self, index: int) -> np.ndarray:
-        """The tokens of one document."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-
-def _on_disk(directory: Path, split: str) -> Path:
-    """The split's files without their suffixes, those of an object store copied once: rows are too small to fetch."""
-    if not is_remote(directory):
-        return directory / split
-    content = hashlib.sha256((directory / "metadata.json").read_bytes()).hexdigest()[:16]
-    cached = cache_directory() / "data" / content / split
-    make_directory(cached.parent)
-    for suffix in (".tokens", ".offsets"):
-        source, copy = (directory / split).with_suffix(suffix), cached.with_suffix(suffix)
-        if not copy.exists():
-            with staged_file(copy) as staged:
-                fetch_file(source, staged)
-    return cached
-
-
-def _memory_map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    size = path.stat().st_size if path.is_file() else 0
-    if size != count * dtype.itemsize:
-        raise ValueError(
-            f"{path} is damaged: {size} bytes, expected {count * dtype.itemsize}; "
-            f"remove {path.parent} and prepare it again"
-        )
-    return np.memmap(path, dtype.newbyteorder("<"), mode="r")
+    def piece(self, place: int, begin: int, end: int) -> np.ndarray:
+        """The tokens of the document at this place of the order that are laid from begin to before end."""
+        document, bound = self.order[place], self.bounds[place]
+        shard = np.searchsorted(self.first_documents, document, side="right") - 1
+        shift = self.starts[document] - bound
+        start, stop = max(begin, bound) + shift, min(end, self.bounds[place + 1]) + shift
+        return self.shards[shard].tokens[start:stop]
 
 
 class PackedRows:
-    """Rows of seq_len tokens over a dataset, epoch after epoch without end.
+    """Rows of seq_len tokens over the documents of a source, epoch after epoch without end.
 
     Each epoch lays the documents end to end in a new order and cuts them every seq_len tokens; a row
     also holds, as its last target, the first token after the cut: each token is an input once and,
@@ -133,28 +91,54 @@ class PackedRows:
     in a shuffled order, because neighbours are parts of one document, and a batch of them would be
     one long sample.
 
-    Both orders sort by the raw 64-bit draws of Philox, keyed by SeedSequence((seed, stage), spawn_key=(epoch,)):
-    streams that NumPy promises never to change (NEP 19). Each stage of a run counts its rows from 0, so that
-    without an order of its own it would begin with what the one before has begun with.
+    More than GROUP_DOCUMENTS documents do so in groups of whole shards, one group after the other, the shards
+    in a new order each epoch; memory holds two groups.
+
+    A document of weight w comes floor(w) times an epoch, and once more with probability w - floor(w). Which do
+    is drawn by epoch, and the probability moved so far that the tokens, hence the rows, are as many in each.
+
+    All orders sort by the raw 64-bit draws of Philox, keyed by SeedSequence((seed, stage, crc32 of the source's
+    name), spawn_key=(epoch,)): streams that NumPy promises never to change (NEP 19). Each stage of a run
+    counts its rows from 0, so that without an order of its own it would begin with what the one before has
+    begun with.
     """
 
-    def __init__(self, dataset: TokenDataset, seq_len: int, seed: int, *, stage: int = 0, min_document_tokens: int = 0):
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        seq_len: int,
+        seed: int,
+        *,
+        stage: int = 0,
+        source: str = "",
+        min_document_tokens: int = 0,
+        length_weights: Sequence[LengthWeight] = (),
+    ):
         """Rows from the documents that have at least min_document_tokens tokens; stage counts from 0.
 
-        Raises ValueError if they do not fill one row.
+        Of length_weights the last that a document reaches applies; without one its weight is 1, and 0
+        leaves it out. Raises ValueError if no document is long enough or they do not fill the rows.
         """
         if seq_len < 1 or seed < 0:
             raise ValueError(f"seq_len={seq_len} must be at least 1 and seed={seed} at least 0")
-        self.dataset, self.seq_len, self._key = dataset, seq_len, (seed, stage)
-        self._documents = np.flatnonzero(dataset.lengths >= min_document_tokens)
-        num_tokens = int(dataset.lengths[self._documents].sum())
-        self._num_rows = (num_tokens - 1) // seq_len
+        if any(entry.weight < 0 for entry in length_weights):
+            raise ValueError("length_weights count from 0, which leaves a document out")
+        self.dataset, self.seq_len = dataset, seq_len
+        self._key = (seed, stage, zlib.crc32(source.encode()))
+        self._min_tokens, self._length_weights = min_document_tokens, tuple(length_weights)
+        self._shard_tokens = self._count_tokens(source)
+        self._group_shards = max(1, GROUP_DOCUMENTS // max(shard.num_documents for shard in dataset.shards))
+        # Each group drops at most a row's tokens, whatever shards are in it.
+        num_groups = -(-len(dataset.shards) // self._group_shards)
+        self._num_rows = -(-sum(self._shard_tokens) // seq_len) - num_groups
         if self._num_rows < 1:
             raise ValueError(
-                f"{num_tokens} tokens in documents of at least {min_document_tokens} do not fill a row of "
-                f"seq_len={seq_len} and a target; prepare more text, or lower seq_len or min_document_tokens"
+                f"{sum(self._shard_tokens)} tokens{source and f' of source {source}'} in documents of at least "
+                f"{min_document_tokens} do not fill a row of seq_len={seq_len} and a target; prepare more text, "
+                "or lower seq_len or min_document_tokens"
             )
-        self._epoch = self._shuffle(0)
+        self._groups: list[Group] = []
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Rows in one epoch."""
@@ -164,27 +148,100 @@ class PackedRows:
         """Row `index` >= 0 of all epochs, its arrays [T]; it belongs to epoch index // len(self)."""
         if index < 0:
             raise IndexError(f"row {index} does not exist; rows count from 0")
-        epoch, row = divmod(index, self._num_rows)
-        if epoch != self._epoch[0]:
-            self._epoch = self._shuffle(epoch)
-        _, order, ends, rows = self._epoch
-        row = rows[row]
-        begin, end = row * self.seq_len, (row + 1) * self.seq_len + 1
-        first, last = np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, end, side="left")
-        pieces = []
-        for document, document_end in zip(order[first : last + 1], ends[first : last + 1], strict=True):
-            # From a place in the epoch to the same token's place in the file.
-            shift = self.dataset.offsets[document + 1] - document_end
-            start = max(begin, document_end - self.dataset.lengths[document])
-            pieces.append(self.dataset.tokens[start + shift : min(end, document_end) + shift])
-        return _pack(pieces)
+        group, number = self._find(*divmod(index, self._num_rows))
+        begin, end = number * self.seq_len, (number + 1) * self.seq_len + 1
+        first = np.searchsorted(group.bounds, begin, side="right") - 1
+        last = np.searchsorted(group.bounds, end, side="left")
+        return pack([group.piece(place, begin, end) for place in range(first, last)])
 
-    def _shuffle(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-        """The epoch, its documents in order, where each ends when they are laid end to end, and its rows in order."""
-        stream = np.random.Philox(np.random.SeedSequence(self._key, spawn_key=(epoch,)))
-        order = self._documents[np.argsort(stream.random_raw(len(self._documents)), kind="stable")]
-        rows = np.argsort(stream.random_raw(self._num_rows), kind="stable")
-        return epoch, order, np.cumsum(self.dataset.lengths[order]), rows
+    def _find(self, epoch: int, place: int) -> tuple[Group, int]:
+        """The group that holds a row, given by its place in the epoch, and which of its rows that is."""
+        with self._lock:
+            for group in self._groups:
+                if group.epoch == epoch and 0 <= place - group.first_row < len(group.rows):
+                    break
+            else:
+                group = self._open_group(epoch, place)
+                self._keep(group)
+        return group, int(group.rows[place - group.first_row])
+
+    def _keep(self, group: Group) -> None:
+        """Keep a group and the one before, which threads that are behind still read."""
+        done, self._groups = self._groups[:-1], [*self._groups[-1:], group]
+        kept = {shard for group in self._groups for shard in group.shards}
+        for shard in {shard for group in done for shard in group.shards} - kept:
+            shard.release()
+
+    def _open_group(self, epoch: int, place: int) -> Group:
+        num_shards, first_row = len(self.dataset.shards), 0
+        order = np.arange(num_shards)
+        if self._group_shards < num_shards:
+            order = np.argsort(self._stream(epoch, 0).random_raw(num_shards), kind="stable")
+        for start in range(0, num_shards, self._group_shards):
+            members = sorted(order[start : start + self._group_shards].tolist())
+            num_tokens = sum(self._shard_tokens[i] for i in members)
+            num_rows = max(0, (num_tokens - 1) // self.seq_len)
+            if place < first_row + num_rows:
+                break
+            first_row += num_rows
+        stream = self._stream(epoch, start) if start else self._stream(epoch)
+        shards = [self.dataset.shards[i] for i in members]
+        offsets = [shard.offsets() for shard in shards]
+        lengths = np.concatenate([np.diff(values) for values in offsets])
+        documents = np.repeat(np.arange(len(lengths)), self._copies(lengths, num_tokens, stream))
+        order = documents[np.argsort(stream.random_raw(len(documents)), kind="stable")]
+        rows = np.argsort(stream.random_raw(num_rows), kind="stable")
+        return Group(
+            epoch=epoch,
+            first_row=first_row,
+            shards=shards,
+            first_documents=np.cumsum([0, *(shard.num_documents for shard in shards[:-1])]),
+            starts=np.concatenate([values[:-1] for values in offsets]),
+            order=order,
+            bounds=np.concatenate([[0], np.cumsum(lengths[order])]),
+            rows=rows,
+        )
+
+    def _stream(self, *spawn_key: int) -> np.random.Philox:
+        return np.random.Philox(np.random.SeedSequence(self._key, spawn_key=spawn_key))
+
+    def _count_tokens(self, source: str) -> list[int]:
+        """Tokens that an epoch takes from each shard. Raises ValueError if no document is long enough."""
+        shards = self.dataset.shards
+        if not self._min_tokens and not self._length_weights:
+            return [shard.num_tokens for shard in shards]
+        counts, longest = [], 0
+        for shard in shards:
+            lengths = shard.lengths()
+            longest = max(longest, int(lengths.max()))
+            counts.append(int(np.dot(self._weights(lengths), lengths)))
+        if longest < self._min_tokens:
+            raise ValueError(
+                f"no document{source and f' of source {source}'} reaches min_document_tokens={self._min_tokens}, "
+                f"the longest has {longest} tokens; lower it or prepare longer documents"
+            )
+        return counts
+
+    def _weights(self, lengths: np.ndarray) -> np.ndarray:
+        """How often documents of these lengths come in an epoch."""
+        weights = np.ones(len(lengths))
+        for entry in self._length_weights:
+            weights[lengths >= entry.at_least] = entry.weight
+        weights[lengths < self._min_tokens] = 0
+        return weights
+
+    def _copies(self, lengths: np.ndarray, num_tokens: int, stream: np.random.Philox) -> np.ndarray:
+        """How often each document comes in one epoch, so that all are num_tokens or less than a document more."""
+        weights = self._weights(lengths)
+        copies = weights.astype(np.int64)
+        chances = weights - copies
+        drawn = np.flatnonzero(chances)
+        if len(drawn):
+            draws = stream.random_raw(len(drawn)) / 2**64
+            drawn = drawn[np.argsort(draws - chances[drawn], kind="stable")]
+            missing = num_tokens - np.dot(copies, lengths)
+            copies[drawn[: np.searchsorted(np.cumsum(lengths[drawn]), missing) + (missing > 0)]] += 1
+        return copies
 
 
 class Batches:
@@ -222,7 +279,7 @@ class Batches:
         """The next batch, its arrays [batch_size / process_count, T]."""
         first = self._next_row + self._skip
         self._next_row += self._batch_size
-        return _stack([self._rows.row(index) for index in range(first, first + self._share)])
+        return stack([self._rows.row(index) for index in range(first, first + self._share)])
 
     def state(self) -> int:
         """The first row of the next batch: `start_row` of an iterator that goes on from here."""
@@ -236,17 +293,50 @@ def heldout_rows(dataset: TokenDataset, seq_len: int, *, count: int, min_documen
     tokens; a min_document_tokens above seq_len keeps the documents the same over several lengths.
     Raises ValueError if no document is long enough.
     """
-    need = max(seq_len + 1, min_document_tokens)
-    chosen = np.flatnonzero(dataset.lengths >= need)[:count]
-    if not len(chosen):
+    need, longest, rows = max(seq_len + 1, min_document_tokens), 0, []
+    for shard in dataset.shards:
+        offsets = shard.offsets()
+        lengths = np.diff(offsets)
+        longest = max(longest, int(lengths.max()))
+        starts = offsets[:-1][lengths >= need][: count - len(rows)]
+        rows += [pack([shard.tokens[start : start + seq_len + 1]]) for start in starts]
+        if len(rows) == count:
+            break
+    if not rows:
         raise ValueError(
-            f"no document has the {need} tokens that were asked for, the longest has {dataset.lengths.max()}; "
+            f"no document has the {need} tokens that were asked for, the longest has {longest}; "
             "lower seq_len or min_document_tokens, or hold out more text"
         )
-    return _stack([_pack([dataset.document(index)[: seq_len + 1]]) for index in chosen])
+    return stack(rows)
 
 
-def _pack(pieces: list[np.ndarray]) -> Batch:
+def heldout_by_source(
+    sources: Mapping[str, TokenDataset], seq_len: int, *, count: int, min_document_tokens: int = 0
+) -> dict[str, Batch]:
+    """`heldout_rows` of each source, up to `count` of each; a source without a document long enough is left out.
+
+    Raises ValueError if that leaves none.
+    """
+    need = max(seq_len + 1, min_document_tokens)
+    longest = {name: max(int(shard.lengths().max()) for shard in data.shards) for name, data in sources.items()}
+    if max(longest.values()) < need:
+        raise ValueError(
+            f"no document of any source has the {need} tokens that were asked for, the longest has "
+            f"{max(longest.values())}; lower seq_len or min_document_tokens, or hold out more text"
+        )
+    return {
+        name: heldout_rows(data, seq_len, count=count, min_document_tokens=min_document_tokens)
+        for name, data in sources.items()
+        if longest[name] >= need
+    }
+
+
+def share_past_half(batch: Batch) -> float:
+    """Share of the tokens, [..., T], that have at least half of the window behind them, in their own document."""
+    return float(np.mean(2 * batch.positions >= batch.positions.shape[-1]))
+
+
+def pack(pieces: list[np.ndarray]) -> Batch:
     """One row from the tokens of consecutive documents, the last of them a target only."""
     tokens = np.concatenate(pieces).astype(np.int32)
     lengths = [len(piece) for piece in pieces]
@@ -256,5 +346,6 @@ def _pack(pieces: list[np.ndarray]) -> Batch:
     return Batch(tokens[:-1], tokens[1:], positions[:-1], segment_ids[:-1], loss_mask)
 
 
-def _stack(rows: list[Batch]) -> Batch:
+def stack(rows: Sequence[Batch]) -> Batch:
+    """Rows [T] as a batch [B, T]."""
     return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))

@@ -1,16 +1,22 @@
-"""Held-out loss at a context length, also by position: what shows that a longer context is used."""
+"""Held-out loss at a context length, by position and by source: what shows that a longer context is used.
+
+The invariant: every process gives the same rows and gets the same numbers, whatever part of a batch its devices hold.
+"""
 
 import functools
 import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
 
+from llama_jax.mesh import ShardingRules
 from llama_jax.model import Llama
-from train.data import Batch, TokenDataset, heldout_rows
+from train.data import Batch, TokenDataset, heldout_by_source, heldout_rows
 from train.device import put_batch
 from train.loss import sequence_chunks, token_losses
 
@@ -20,14 +26,18 @@ _TOKENS = 2048
 
 @functools.partial(jax.jit, static_argnames=("compute_dtype", "num_chunks"))
 def row_losses(params: Llama, batch: Batch, compute_dtype: DTypeLike, *, num_chunks: int = 1) -> Array:
-    """Cross-entropy float32 [B, T] in nats of every token of a batch, a chunk of the sequence at a time."""
+    """Cross-entropy float32 [B, T] in nats of every token of a batch, a chunk of the sequence at a time.
+
+    Every device gets all of it, so that each process can read it.
+    """
     model = jax.tree.map(lambda w: w.astype(compute_dtype), params)
     x = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
     table = model.output_table()
     chunks = jax.tree.map(lambda a: sequence_chunks(a, num_chunks), (x, batch.targets))
     losses = jax.lax.map(lambda chunk: token_losses(model, chunk[0], chunk[1], table), chunks)
     spec = jax.typeof(batch.targets).sharding.spec
-    return jnp.reshape(jnp.moveaxis(losses, 0, 2), batch.targets.shape, out_sharding=spec)
+    losses = jnp.reshape(jnp.moveaxis(losses, 0, 2), batch.targets.shape, out_sharding=spec)
+    return reshard(losses, PartitionSpec(None, None))
 
 
 def losses_by_position(
@@ -38,16 +48,37 @@ def losses_by_position(
     Raises ValueError if no held-out document reaches seq_len (or min_tokens).
     """
     rows = heldout_rows(dataset, seq_len, count=num_rows, min_document_tokens=min_tokens)
-    share = params.rules.batch_multiple * max(1, _TOKENS // seq_len)
+    return _mean_losses(params, rows, compute_dtype)
+
+
+def losses_by_source(
+    params: Llama, sources: Mapping[str, TokenDataset], seq_len: int, *, num_rows: int, compute_dtype: DTypeLike
+) -> dict[str, float]:
+    """Mean loss in nats of each source's held-out documents, num_rows of each at the most.
+
+    A source without a document of seq_len tokens is left out; ValueError if that leaves none.
+    """
+    rows = heldout_by_source(sources, seq_len, count=num_rows)
+    return {name: float(_mean_losses(params, batch, compute_dtype).mean()) for name, batch in rows.items()}
+
+
+def _mean_losses(params: Llama, rows: Batch, compute_dtype: DTypeLike) -> np.ndarray:
+    """Mean loss over the rows at each position, float64 [T]."""
+    seq_len = rows.tokens.shape[1]
     num_chunks = math.gcd(seq_len // params.rules.sequence_multiple, max(1, seq_len // _TOKENS))
     total = np.zeros(seq_len)
-    for start in range(0, len(rows.tokens), share):
-        part = Batch(*(a[start : start + share] for a in rows))
-        filled = Batch(*(np.resize(a, (share, *a.shape[1:])) for a in part))
-        placed = put_batch(filled, params.rules)
-        losses = row_losses(params, placed, compute_dtype, num_chunks=num_chunks)
-        total += np.asarray(losses, np.float64)[: len(part.tokens)].sum(axis=0)
+    for part, size in equal_batches(rows, params.rules):
+        losses = row_losses(params, put_batch(part, params.rules), compute_dtype, num_chunks=num_chunks)
+        total += np.asarray(losses, np.float64)[:size].sum(axis=0)
     return total / len(rows.tokens)
+
+
+def equal_batches(rows: Batch, rules: ShardingRules) -> Iterator[tuple[Batch, int]]:
+    """The rows in batches that the mesh divides, and how many rows of each do not only fill it up."""
+    size = rules.batch_multiple * max(1, _TOKENS // rows.tokens.shape[1])
+    for start in range(0, len(rows.tokens), size):
+        part = Batch(*(a[start : start + size] for a in rows))
+        yield Batch(*(np.resize(a, (size, *a.shape[1:])) for a in part)), len(part.tokens)
 
 
 def position_ranges(short: int, long: int) -> list[tuple[int, int]]:
@@ -63,16 +94,22 @@ def extension_report(before: dict[str, np.ndarray], after: dict[str, np.ndarray]
 
     before and after hold losses by position of the documents at the "short" and the "long" context.
     """
-    rows = [("short", 0, short)]
-    rows += [("long", start, stop) for start, stop in position_ranges(short, len(before["long"]))]
+    ranges = position_ranges(short, len(before["long"]))
+    return perplexity_rows(before["short"], after["short"], [(0, short)]) + perplexity_rows(
+        before["long"], after["long"], ranges
+    )
+
+
+def perplexity_rows(before: Sequence[float], after: Sequence[float], ranges: Sequence[tuple[int, int]]) -> list[dict]:
+    """Perplexity before and after by range of positions, from two lists of losses by position."""
     return [
         {
-            "context": len(before[name]),
+            "context": len(before),
             "positions": [start, stop],
-            "perplexity_before": math.exp(before[name][start:stop].mean()),
-            "perplexity_after": math.exp(after[name][start:stop].mean()),
+            "perplexity_before": math.exp(np.mean(before[start:stop])),
+            "perplexity_after": math.exp(np.mean(after[start:stop])),
         }
-        for name, start, stop in rows
+        for start, stop in ranges
     ]
 
 

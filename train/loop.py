@@ -1,18 +1,16 @@
-"""The training loop of one stage: phases of rising context, metrics, checkpoints, and the report.
+"""The training loop of one stage: phases of rising context, gates between them, checkpoints, what is logged.
 
 The invariant: everything that the next step depends on is in the checkpoint, so a run that was
-stopped anywhere goes on with the very same numbers.
+stopped anywhere goes on with the very same numbers, on other processes or another mesh, too.
 """
 
+import contextlib
 import dataclasses
 import functools
-import json
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import takewhile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,22 +21,16 @@ from llama_jax.config import LlamaConfig
 from llama_jax.entry import say
 from llama_jax.memory import check_program
 from llama_jax.mesh import ShardingRules
-from llama_jax.paths import staged_file
-from train.checkpoints import (
-    Progress,
-    read_progress,
-    remove_leftovers,
-    remove_old_steps,
-    resumed_state,
-    save_step,
-    saved_steps,
-    write_progress,
-)
+from llama_jax.tokenizer import load_tokenizer
+from train.checkpoints import Checkpoints, Progress, read_progress, resumed_state, saved_steps, write_progress
 from train.config import PhaseConfig, TrainConfig
-from train.data import Batches, PackedRows, TokenDataset
 from train.device import put_batch
-from train.evaluation import extension_report, format_report, losses_by_position
-from train.metrics import MetricsLog, clock, plot_loss
+from train.evaluation import losses_by_source
+from train.extension import Extension
+from train.faults import Interruption
+from train.goodput import EventLog
+from train.inputs import Inputs
+from train.metrics import MetricsLog, peak_flops, plot_loss, progress_line
 from train.optimizer import (
     Optimizer,
     StepMetrics,
@@ -47,6 +39,10 @@ from train.optimizer import (
     num_micro_batches,
     train_step,
 )
+from train.peers import Peers, slow_processes
+from train.shards import open_sources
+from train.trackers import open_trackers
+from train.watchdog import Watchdog
 
 # Ways out for a run that does not fit.
 WAYS = (
@@ -75,78 +71,118 @@ class Stage:
         self.config, self.name, self.run_dir, self.optimizer = config, name, run_dir, optimizer
         self.settings = config.stage[name]
         self.model: LlamaConfig = config.stage_model(name)
-        self.compute_dtype = jnp.dtype(config.run.compute_dtype)
-        self.train_data = TokenDataset(config.data.directory, "train", vocab_size=self.model.vocab_size)
-        self.heldout = TokenDataset(config.data.directory, "heldout", vocab_size=self.model.vocab_size)
+        tokenizer = load_tokenizer(config.data.directory)
+        self.inputs = Inputs(config, name, tokenizer)
+        self.heldout = open_sources(config.data.directory, "heldout", vocab_size=self.model.vocab_size)
+        self.extension = Extension(config, name, run_dir, self.heldout, tokenizer)
         self._schedule = learning_rate_schedule(self.settings)
+        self._programs: dict[tuple[int, int], jax.stages.Compiled] = {}
         # Skipped steps that the log tells of, and returns to the newest checkpoint.
         self._skipped = self._rollbacks = 0
 
-    def train(self, state: TrainState, progress: Progress) -> None:
-        """Run the stage to its end, saving as it goes. Ctrl-C saves the step it is at and raises KeyboardInterrupt."""
-        remove_leftovers(self.run_dir)
-        self.log = MetricsLog(self.run_dir, progress.step)
-        before = self._before(state, progress)
-        with _interruptible() as interrupted:
-            while progress.phase < len(self.settings.phases):
-                state, progress = self._train_phase(state, progress, interrupted)
-                if interrupted:
-                    if progress.step not in saved_steps(self.run_dir):
-                        self._save(state, progress)
-                    raise KeyboardInterrupt
-        progress = dataclasses.replace(progress, stage_done=True)
-        self._save(state, progress)
-        if before is not None:
-            self._report(before, self._losses(state))
+    def train(self, state: TrainState, progress: Progress, record: Mapping[str, Any], peers: Peers) -> None:
+        """Run the stage to its end, saving as it goes.
 
-    def _train_phase(self, state: TrainState, progress: Progress, interrupted: list) -> tuple[TrainState, Progress]:
+        A signal saves the step it comes in and ends the run as `Interruption.leave` does. Raises ValueError for
+        a gate that stays shut and for a loss that does not come back, OSError for a checkpoint that
+        cannot be written.
+        """
+        run, first = self.config.run, peers.process == 0
+        with contextlib.ExitStack() as stack:
+            self.events = stack.enter_context(EventLog(self.run_dir, progress.step, writes=first, stage=self.name))
+            names = run.trackers if first else ()
+            trackers = open_trackers(names, self.run_dir, resumed_step=progress.step, record=record)
+            log = MetricsLog(self.run_dir, progress.step, trackers=trackers, writes=first)
+            self.log = stack.enter_context(contextlib.closing(log))
+            self.peers, self.stop = peers, stack.enter_context(Interruption(peers))
+            watchdog = Watchdog(run.watchdog_seconds, peers, run_dir=self.run_dir)
+            self.watchdog = stack.enter_context(watchdog)
+            self.checkpoints = Checkpoints(self.run_dir, self.model, keep=run.keep_checkpoints)
+            self._train(state, progress)
+
+    def _train(self, state: TrainState, progress: Progress) -> None:
+        while progress.phase < len(self.settings.phases):
+            with self._aside("eval", state):
+                self.extension.before(state.params, progress)
+            state, progress = self._train_phase(state, progress)
+            if self._stopped:
+                self._save(state, progress, wait=True)
+                self.stop.leave()
+            if progress.phase_step == self._end(progress):
+                progress = self._after_phase(state, progress)
+        self._save(state, dataclasses.replace(progress, stage_done=True), wait=True)
+        say(str(self.events.goodput()))
+
+    def _end(self, progress: Progress) -> int:
+        """The stage's step at which its phase ends, as far as its gate has not added to it yet."""
+        return sum(self.settings.phase_steps()[: progress.phase + 1]) + progress.extra_steps
+
+    def _train_phase(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
         """Train to the end of the phase, to an interruption, or to a spike that is rolled back."""
-        phase = self.settings.phases[progress.phase]
-        *before, steps = self.settings.phase_steps()[: progress.phase + 1]
-        rows = PackedRows(
-            self.train_data,
-            phase.seq_len,
-            self.config.run.seed,
-            stage=list(self.config.stage).index(self.name),
-            min_document_tokens=phase.min_document_tokens,
-        )
-        num_rows = self.settings.phase_rows(phase)
-        batches = Batches(rows, num_rows, start_row=progress.row)
-        say(f"stage {self.name}: seq_len {phase.seq_len}, {steps} steps of {num_rows} rows")
-        step = None
-        while progress.phase_step < sum(before) + steps:
-            batch = put_batch(next(batches), state.params.rules)
-            if step is None:
+        self._stopped, end = False, self._end(progress)
+        if progress.phase_step == end:
+            return state, progress
+        phase, rules = self.settings.phases[progress.phase], state.params.rules
+        stream, mine = self.inputs.stream(phase, progress, rules)
+        with stream:
+            while progress.phase_step < end and not self._stopped:
+                batch = next(stream)
+                waited = stream.take_wait()
+                batch = put_batch(batch, rules, rows=mine, num_rows=self.settings.phase_rows(phase))
+                step = self._program(state, batch, phase)
+                state, metrics = step(state, batch)
+                progress = _advanced(progress, phase.batch_tokens, stream.state())
+                self.watchdog.step_done(metrics.loss)
+                self.log.count(phase.batch_tokens, waited=waited)
+                self.events.stepped(progress.step, waited=waited)
+                if self._spiked(progress, metrics) and (saved := self._rollback_point(progress)) is not None:
+                    del state  # makes room for the one that is read
+                    return resumed_state(self.run_dir, saved.step, self.model, self.optimizer), saved
+                progress = self._after_step(state, progress, phase, metrics)
+                self._stopped = self.stop.agreed()
+        return state, progress
+
+    def _program(self, state: TrainState, batch: Any, phase: PhaseConfig) -> jax.stages.Compiled:
+        """The compiled step of a phase."""
+        shape = batch.tokens.shape
+        if shape not in self._programs:
+            with self._aside("compile", state):
                 began = time.perf_counter()
-                rules = state.params.rules
-                step = jit_step(self.config, self.name, phase=phase, optimizer=self.optimizer, rules=rules)
-                step = step.lower(state, batch).compile()
+                step = jit_step(self.config, self.name, phase=phase, optimizer=self.optimizer, rules=state.params.rules)
+                self._programs[shape] = step.lower(state, batch).compile()
                 say(f"compiled in {time.perf_counter() - began:.0f} s")
-                check_program("a training step", step, get_mesh().devices.flat, ways=WAYS)
-                self.log.restart_clock()
-            state, metrics = step(state, batch)
-            self.log.count(phase.batch_tokens)
-            progress = dataclasses.replace(
-                progress,
-                step=progress.step + 1,
-                tokens=progress.tokens + phase.batch_tokens,
-                phase_step=progress.phase_step + 1,
-                row=batches.state(),
+                check_program("a training step", self._programs[shape], get_mesh().devices.flat, ways=WAYS)
+        return self._programs[shape]
+
+    def _after_phase(self, state: TrainState, progress: Progress) -> Progress:
+        """Where the run goes on: in the next phase, or in this one if its gate stays shut.
+
+        Raises ValueError if it has been asked too often.
+        """
+        with self._aside("eval", state):
+            reasons = self.extension.after(state.params, progress)
+        gate, phase = self.settings.gate, self.settings.phases[progress.phase]
+        if not reasons or gate is None:
+            return self._next_phase(progress)
+        if progress.retries == gate.max_retries:
+            self._save(state, progress, wait=True)
+            self.peers.part()
+            raise ValueError(
+                f"stage {self.name} has not learned {phase.seq_len} tokens of context after {gate.max_retries} more "
+                f"tries: {'; '.join(reasons)}. Train with other data, or change stage.{self.name}.gate"
             )
-            if self._spiked(progress, metrics) and (saved := self._rollback_point(progress)) is not None:
-                del state  # makes room for the one that is read
-                return resumed_state(self.run_dir, saved.step, self.model, self.optimizer), saved
-            self._after_step(state, progress, phase, metrics)
-            if interrupted:
-                return state, progress
-        return state, self._next_phase(progress)
+        steps = max(1, (gate.retry_tokens or phase.tokens // 10) // phase.batch_tokens)
+        say(f"stage {self.name}: {steps} more steps at {phase.seq_len} tokens")
+        return dataclasses.replace(progress, retries=progress.retries + 1, extra_steps=progress.extra_steps + steps)
 
     def _next_phase(self, progress: Progress) -> Progress:
-        """Where the next phase starts: behind the rows that were read, if they are of the same kind."""
+        """The start of the next phase: behind the rows that were read, if they are of the same kind."""
         index, phases = progress.phase, self.settings.phases
         kinds = [(phase.seq_len, phase.min_document_tokens) for phase in phases[index : index + 2]]
-        row = progress.row if kinds[0] == kinds[-1] else 0
-        return dataclasses.replace(progress, phase=index + 1, row=row)
+        rows = progress.rows
+        if kinds[0] != kinds[-1]:
+            rows = {name: (0, credit) for name, (_, credit) in rows.items()}
+        return dataclasses.replace(progress, phase=index + 1, rows=rows, retries=0)
 
     def _spiked(self, progress: Progress, metrics: StepMetrics) -> bool:
         """Whether steps were skipped since it was last asked; looked up when a step is logged, not to wait for each.
@@ -154,7 +190,7 @@ class Stage:
         Raises ValueError if too many in a row were.
         """
         cfg = self.config.optimizer
-        if not self._is_logged(progress.phase_step):
+        if not self._is_logged(progress):
             return False
         skipped, new = int(metrics.skipped), int(metrics.total_skipped) - self._skipped
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
@@ -167,146 +203,111 @@ class Stage:
         self._skipped += new
         if new:
             self.log.write(step=progress.step, stage=self.name, skipped=new)
+            self.events.record("skipped", progress.step, count=new)
             say(f"stage {self.name}  {new} steps up to {progress.step} skipped: loss {loss:.4f}  grad {norm:.2f}")
         return new > 0
 
     def _rollback_point(self, progress: Progress) -> Progress | None:
         """The newest checkpoint's place in this phase, but behind the data read since; None to go on as it is."""
-        steps = saved_steps(self.run_dir) if self.config.optimizer.on_spike == "rollback" else []
+        if self.config.optimizer.on_spike != "rollback":
+            return None
+        self.checkpoints.wait()
+        steps = saved_steps(self.run_dir)
         saved = read_progress(self.run_dir, steps[-1]) if steps else Progress()
         if (saved.stage, saved.phase) != (progress.stage, progress.phase):
             return None
         self._skipped, self._rollbacks = 0, self._rollbacks + 1
-        self.log = MetricsLog(self.run_dir, saved.step)
+        self.log.rewind(saved.step)
         self.log.write(step=saved.step, stage=self.name, rolled_back_from=progress.step)
+        self.events.record("rollback", saved.step)
         say(f"stage {self.name}  back from step {progress.step} to {saved.step}, without the data between")
-        saved = dataclasses.replace(saved, row=progress.row)
+        saved = dataclasses.replace(saved, rows=progress.rows)
         write_progress(self.run_dir, saved)  # a run that stops before its next checkpoint leaves them out, too
         return saved
 
-    def _is_logged(self, done: int) -> bool:
-        return done % self.config.run.log_every == 0 or done == sum(self.settings.phase_steps())
+    def _is_logged(self, progress: Progress) -> bool:
+        return progress.phase_step % self.config.run.log_every == 0 or progress.phase_step == self._end(progress)
 
-    def _after_step(self, state: TrainState, progress: Progress, phase: PhaseConfig, metrics) -> None:
+    def _after_step(self, state: TrainState, progress: Progress, phase: PhaseConfig, metrics: StepMetrics) -> Progress:
         run, done = self.config.run, progress.phase_step
-        total = sum(self.settings.phase_steps())
-        if self._is_logged(done) and not int(metrics.skipped):
-            self._log_step(progress, phase, metrics, total)
-        if done % run.eval_every == 0 or done == total:
-            self._evaluate(state, progress)
-        if done % run.save_every == 0 and done != total:
-            self._save(state, progress)
+        last = done == self._end(progress) and progress.phase + 1 == len(self.settings.phases)
+        if self._is_logged(progress) and not int(metrics.skipped):
+            self._log_step(progress, phase, metrics)
+        if done % run.eval_every == 0 or last:
+            with self._aside("eval", state):
+                self._evaluate(state, progress)
+        if done % (self.settings.save_every or run.save_every) == 0 and not last:
+            progress = self._save(state, progress)
+        return progress
 
-    def _log_step(self, progress: Progress, phase: PhaseConfig, metrics, total: int) -> None:
-        loss = float(metrics.loss)
-        speed = self.log.tokens_per_second()
-        rate = float(np.asarray(self._schedule(progress.phase_step - 1)))
-        left = self.settings.tokens_after(progress.phase_step) / speed
-        flops = self.model.train_flops_per_token(phase.seq_len) * speed
-        self.log.write(
-            step=progress.step,
-            stage=self.name,
-            tokens=progress.tokens,
-            seq_len=phase.seq_len,
-            loss=loss,
-            grad_norm=float(metrics.grad_norm),
-            learning_rate=rate,
-            tokens_per_second=round(speed, 1),
-            model_flops_per_second=round(flops),
-            time=round(time.time(), 1),
-        )
-        say(
-            f"stage {self.name}  step {progress.phase_step}/{total}  loss {loss:.4f}"
-            f"  grad {float(metrics.grad_norm):.2f}"
-            f"  lr {rate:.2e}  {speed:,.0f} tokens/s  {flops / 1e12:.3f} TFLOP/s  {clock(left)} left"
-        )
+    def _log_step(self, progress: Progress, phase: PhaseConfig, metrics: StepMetrics) -> None:
+        loss, speed = float(metrics.loss), self.log.speed()
+        planned = progress.phase_step - progress.extra_steps
+        flops = self.model.train_flops_per_token(phase.seq_len) * speed.tokens_per_second
+        peak = peak_flops(get_mesh().devices.flat)
+        values = {
+            "stage": self.name,
+            "tokens": progress.tokens,
+            "seq_len": phase.seq_len,
+            "loss": loss,
+            "grad_norm": float(metrics.grad_norm),
+            "learning_rate": float(np.asarray(self._schedule(progress.phase_step - 1))),
+            "tokens_per_second": round(speed.tokens_per_second, 1),
+            "model_flops_per_second": round(flops),
+            "data_wait": round(speed.data_wait, 5),
+            **({"mfu": round(flops / peak, 5)} if peak else {}),
+            "time": round(time.time(), 1),
+        }
+        self.log.write(step=progress.step, **values)
+        total = sum(self.settings.phase_steps()) + progress.extra_steps
+        left = self.settings.tokens_after(planned) / max(speed.tokens_per_second, 1e-9)
+        say(progress_line(values, step=progress.phase_step, num_steps=total, seconds_left=left))
+        seconds = 1 / max(speed.steps_per_second, 1e-9)
+        self.peers.tell(step_seconds=seconds, data_seconds=seconds * speed.data_wait)
+        for line in slow_processes(self.peers.records()) if self.peers.process == 0 else ():
+            say(f"slow: {line}")
 
     def _evaluate(self, state: TrainState, progress: Progress) -> None:
-        losses = self._short_losses(state)
-        self.log.write(step=progress.step, stage=self.name, tokens=progress.tokens, heldout_loss=losses.mean())
-        say(f"stage {self.name}  held out at {len(losses)} tokens: loss {losses.mean():.4f}")
+        """Held-out loss at the short context, by source and over all of them."""
+        short, run = self.extension.short_len, self.config.run
+        losses = losses_by_source(
+            state.params, self.heldout, short, num_rows=run.eval_rows, compute_dtype=jnp.dtype(run.compute_dtype)
+        )
+        mean = sum(losses.values()) / len(losses)
+        by_source = {f"heldout_loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
+        self.log.write(step=progress.step, stage=self.name, tokens=progress.tokens, heldout_loss=mean, **by_source)
+        parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        say(f"stage {self.name}  held out at {short} tokens: loss {mean:.4f} ({parts})")
+
+    def _save(self, state: TrainState, progress: Progress, *, wait: bool = False) -> Progress:
+        """Begin to save, or with wait save to the end; where the run stands then, the averaged checkpoint counted."""
+        with self._aside("save", state):
+            self.log.flush()
+            self.events.flush()
+            progress = self.checkpoints.save(state, progress, average=self.settings.average)
+            self._rollbacks = 0
+            if self.peers.process == 0:
+                plot_loss(self.run_dir)
+            if wait:
+                self.checkpoints.wait()
+        say(f"{'saved' if wait else 'saving'} {self.run_dir}/checkpoints/{progress.step}")
+        return progress
+
+    @contextlib.contextmanager
+    def _aside(self, what: str, state: TrainState) -> Iterator[None]:
+        """What is no training: not watched, and not in the speed."""
+        jax.block_until_ready(state)
+        with self.watchdog.paused(), self.events.spent(what):
+            yield
         self.log.restart_clock()
 
-    def _save(self, state: TrainState, progress: Progress) -> None:
-        self.log.flush()
-        path = save_step(self.run_dir, self.model, state, progress)
-        self._rollbacks = 0
-        remove_old_steps(self.run_dir, self.config.run.keep_checkpoints)
-        plot_loss(self.run_dir)
-        say(f"saved {path}")
-        self.log.restart_clock()
 
-    @property
-    def _short(self) -> int:
-        """The context that the run was first trained at."""
-        return self.model.rope.original_max_seq_len
-
-    def _short_losses(self, state: TrainState) -> np.ndarray:
-        return losses_by_position(
-            state.params,
-            self.heldout,
-            self._short,
-            num_rows=self.config.run.eval_rows,
-            compute_dtype=self.compute_dtype,
-        )
-
-    def _losses(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Held-out losses by position at the short context and at the longest of the stage."""
-        long = losses_by_position(
-            state.params,
-            self.heldout,
-            self.model.max_seq_len,
-            num_rows=self.config.run.eval_rows,
-            compute_dtype=self.compute_dtype,
-        )
-        return {"short": self._short_losses(state), "long": long}
-
-    def _before(self, state: TrainState, progress: Progress) -> dict[str, np.ndarray] | None:
-        """Losses before an extension, by the weights and the RoPE that it starts from; None if nothing is extended.
-
-        Kept in the run directory, so that a resumed stage compares with the same.
-        """
-        earlier = [self.config.stage_model(name) for name in takewhile(self.name.__ne__, self.config.stage)]
-        start = [dataclasses.replace(self.config.model, max_seq_len=self._short), *earlier][-1]
-        if self.model.max_seq_len <= max(self._short, start.max_seq_len):
-            return None
-        path = self.run_dir / f"before-stage-{self.name}.json"
-        if progress.phase_step == 0:
-            plain = dataclasses.replace(self.model, rope=start.rope)
-            losses = self._losses(state._replace(params=_with_config(state.params, plain)))
-            with staged_file(path) as staged:
-                staged.write_text(json.dumps({name: values.tolist() for name, values in losses.items()}))
-        return {name: np.array(values) for name, values in json.loads(path.read_text()).items()}
-
-    def _report(self, before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> None:
-        rows = extension_report(before, after, self._short)
-        with staged_file(self.run_dir / "extension.json") as staged:
-            staged.write_text(json.dumps(rows, indent=1) + "\n")
-        say(f"held-out perplexity before and after stage {self.name}:\n{format_report(rows)}")
-
-
-def _with_config(params, cfg: LlamaConfig):
-    """The same weights under another config (RoPE is not a weight)."""
-    params = jax.tree.map(lambda w: w, params)
-    params.cfg = cfg
-    return params
-
-
-@contextmanager
-def _interruptible() -> Iterator[list]:
-    """A list that Ctrl-C or SIGTERM puts the signal into, so that the step at hand ends first; twice stops at once."""
-    received: list = []
-
-    def receive(number, frame):
-        del frame
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        say("stopping after this step; once more stops at once")
-
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _advanced(progress: Progress, tokens: int, rows: Mapping[str, tuple[int, int]]) -> Progress:
+    return dataclasses.replace(
+        progress,
+        step=progress.step + 1,
+        tokens=progress.tokens + tokens,
+        stage_tokens=progress.stage_tokens + tokens,
+        phase_step=progress.phase_step + 1,
+        rows=rows,
+    )

@@ -1,137 +1,113 @@
-"""Text to tokens on disk: trains or takes a tokenizer, holds documents out, writes what train.data reads.
+"""Text to tokens on disk: reads, encodes in parallel, drops what repeats, holds documents out, writes shards.
 
-    python -m train.prepare [SOURCE ...] [--tokenizer T] [--vocab-size N] [--out DIR] [--holdout 0.05]
+    python -m train.prepare [SOURCE ...] [--tokenizer T] [--out DIR] [--holdout 0.5%] [--dedup minhash]
 
-The format stands in train.data; the tokenizer's own files lie beside the shards. The one invariant:
-the same texts, tokenizer, vocabulary and hold-out give the same bytes, and a directory that exists is
-whole. The trained tokenizer is the Llama 3 kind (byte-level BPE, the same split into words, the same
-256 special tokens at the end), smaller.
+The format stands in train.shards; the tokenizer's own files lie beside the sources. Work is divided into parts
+(see train.sources), which workers encode into OUT.parts (see train.parts); when all are there they are read in order
+and sorted into shards. The one invariant: the same files and options give the same bytes, whatever the number of
+workers and interruptions, and a directory that exists is whole.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
+import os
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
 
 from llama_jax.entry import run_entry, say
-from llama_jax.paths import as_path, staged_directory
+from llama_jax.paths import as_path, make_directory, remove_directory, staged_directory, vacant_directory
 from llama_jax.progress import progress
-from llama_jax.tokenizer import META_SPECIAL_TOKENS, META_WORDS, Tokenizer, load_tokenizer
-from train import corpus
-from train.data import FORMAT_VERSION, SPLITS, read_metadata
+from llama_jax.tokenizer import load_tokenizer
+from train.corpus import is_held_out
+from train.dedup import REASONS, Filters, Sieve, evaluation_ngrams, mark
+from train.parts import Encoder, encode_parts
+from train.shard_writer import ShardWriter
+from train.shards import FORMAT_VERSION, SHARD_TOKENS, SPLITS, read_metadata
+from train.sources import Part, find_parts, read_part
+from train.tokenizer_training import train_tokenizer
 
 DEFAULT_OUT = "data/prepared"
 DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_HOLDOUT = 0.05
+DEFAULT_THRESHOLD = 0.8
 
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 # Where a tokenizer lies in its directory, in the order of load_tokenizer, and what that reads beside it.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
 
 def prepare(
-    sources: Sequence[str | Path],
-    out: str | Path,
+    sources: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
     *,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | os.PathLike | None = None,
     vocab_size: int | None = None,
     holdout: float = DEFAULT_HOLDOUT,
+    text_field: str = "text",
+    filters: Filters = Filters(),  # noqa: B008, it is frozen
+    workers: int | None = None,
 ) -> dict:
     """Writes the directory `out`, unless it already holds the same, and returns its metadata.
 
-    sources: text and .jsonl files; none means the default corpus.
+    sources: PATH or NAME=PATH (see train.sources); none means the default corpus.
     tokenizer: a file or directory to encode with; None trains one on the training documents.
     vocab_size: ids of the tokenizer to train, special tokens included; None means 4096.
     holdout: the fraction of documents, by the hash of their text, for the heldout split.
+    text_field: where records of JSON lines, Parquet and the hub hold their text.
+    workers: processes that encode; None means one a core.
 
     Raises ValueError for inputs that make no data, FileExistsError if `out` holds anything else,
-    OSError for a file that cannot be read.
+    OSError for a file that cannot be read or written. Finished parts then stay in OUT.parts for the next try.
     """
     if tokenizer is not None and vocab_size is not None:
         raise ValueError("a given tokenizer has its own vocabulary; leave out vocab_size or the tokenizer")
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout={holdout} is not a fraction from 0 to below 1")
     given = {}
     if tokenizer is not None:
         given, vocab_size = _tokenizer_files(as_path(tokenizer)), load_tokenizer(tokenizer).vocab_size
-    texts = corpus.read(sources)
-    inputs = {
+    elif vocab_size is None:
+        vocab_size = DEFAULT_VOCAB_SIZE
+    parts = find_parts(sources, text_field)
+    inputs: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "corpus_hash": corpus.corpus_hash(texts.documents),
+        "files": _json_hash([dataclasses.asdict(part) for part in parts]),
         "holdout": holdout,
         "tokenizer": _files_hash(given) if given else "trained",
-        "vocab_size": DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size,
+        "vocab_size": vocab_size,
+        "near_duplicates": filters.near_duplicates,
+        "decontaminated": filters.ngrams_hash(),
     }
     if (as_path(out) / "metadata.json").is_file():
         return _existing(out, inputs)
-    splits = {name: texts.split(name, holdout) for name in SPLITS}
-    if not splits["train"]:
-        raise ValueError(f"holdout={holdout} leaves none of {len(texts.documents)} documents to train on; lower it")
-    with staged_directory(out) as staged:
-        files = given or train_tokenizer((document.text for document in splits["train"]), inputs["vocab_size"])
-        for name, content in files.items():
-            (staged / name).write_bytes(content)
-        encoder = load_tokenizer(staged)
-        metadata = inputs | {
-            "python_version": platform.python_version(),
-            "dropped_documents": texts.dropped,
-            "dtype": _token_dtype(encoder),
-            "splits": {name: _write_split(staged / name, splits[name], encoder) for name in SPLITS},
-        }
-        (staged / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
+    out = vacant_directory(out)
+    work = out.with_name(f"{out.name}.parts")
+    encoder = _encoder(work, given, inputs, parts, filters)
+    with _naming_what_stays(work):
+        encode_parts(encoder, parts, workers or os.cpu_count() or 1)
+        metadata = _write(out, encoder, inputs, parts)
+    remove_directory(work)
     return metadata
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
-    """Trains byte-level BPE; returns the contents of `tokenizer.json` and `tokenizer_config.json`.
-
-    Ids: 256 bytes, then the merges, then the 256 special tokens of Llama 3 up to vocab_size - 1.
-    Raises ValueError if vocab_size is too small for these, or too large for the texts.
-    """
-    smallest = 256 + len(META_SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size={vocab_size} is below {smallest}, 256 bytes and 256 special tokens")
-    backend = tokenizers.Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(tokenizers.Regex(META_WORDS), "isolated")
-    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_of_words])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(META_SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in META_SPECIAL_TOKENS])
-    if (reached := backend.get_vocab_size()) != vocab_size:
-        raise ValueError(f"the text has pairs for vocab_size={reached} only, not {vocab_size}; lower it or add text")
-    bos, eos = META_SPECIAL_TOKENS[:2]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
-    )
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "chat_template": _CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": 131_072,
-    }
-    return {
-        "tokenizer.json": backend.to_str(pretty=True).encode(),
-        "tokenizer_config.json": f"{json.dumps(config, indent=1)}\n".encode(),
-    }
+@contextmanager
+def _naming_what_stays(work: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk does not say where
+            error.filename = str(work)
+        say(f"what is finished stays in {work}; the same command goes on from there")
+        raise
 
 
 def _tokenizer_files(path: Path) -> dict[str, bytes]:
@@ -149,101 +125,195 @@ def _files_hash(files: dict[str, bytes]) -> str:
     return hashlib.sha256("".join(contents).encode()).hexdigest()
 
 
-def _existing(out: str | Path, inputs: dict) -> dict:
+def _json_hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _existing(out: str | os.PathLike, inputs: dict) -> dict:
     """The metadata of a preparation that was made from these inputs, else FileExistsError."""
-    metadata = read_metadata(out)
+    metadata = read_metadata(os.fspath(out))
     if other := [
         f"{key} {metadata.get(key)}, not {value}" for key, value in inputs.items() if metadata.get(key) != value
     ]:
-        raise FileExistsError(f"{out} was prepared with {'; '.join(other)}; remove it or choose another --out")
+        raise FileExistsError(
+            f"{out} was prepared from other files or options ({'; '.join(other)}); remove it or choose another --out"
+        )
     say(f"{out} already holds this preparation; nothing to do")
     return metadata
 
 
-def _write_split(stem: Path, documents: list[corpus.Document], tokenizer: Tokenizer) -> dict:
-    """Writes the tokens and offsets of one split and returns its counts."""
-    # The end of a document; an instruction-tuned tokenizer calls the end of a turn its eos.
-    end = tokenizer.special_tokens.get("<|end_of_text|>", tokenizer.eos_id)
-    if end is None:
-        raise ValueError("the tokenizer has no token for the end of a document, <|end_of_text|> or another eos")
-    dtype = np.dtype(_token_dtype(tokenizer)).newbyteorder("<")
-    lengths = np.zeros(len(documents), np.int64)
-    sources: dict[str, Counter] = {}
-    with (
-        stem.with_suffix(".tokens").open("wb") as shard,
-        progress(len(documents), desc=stem.name, unit=" documents") as bar,
-    ):
-        for i, document in enumerate(documents):
-            ids = [*tokenizer.encode(document.text, bos=True), end]
-            shard.write(np.array(ids, dtype).tobytes())
-            lengths[i] = len(ids)
-            sources.setdefault(document.source, Counter()).update(documents=1, tokens=len(ids))
+def _encoder(work: Path, given: dict[str, bytes], inputs: dict, parts: Sequence[Part], filters: Filters) -> Encoder:
+    """Encodes into `work`, where its tokenizer lies, given or trained now or before."""
+    digest = _files_hash(given) if given else _json_hash(inputs)
+    directory = work / f"tokenizer-{digest[:16]}"
+    if not any((directory / name).is_file() for name in VOCABULARY_FILES):
+        files = given or train_tokenizer(_training_texts(parts, filters, inputs["holdout"]), inputs["vocab_size"])
+        remove_directory(directory)
+        with staged_directory(directory) as staged:
+            for name, content in reversed(files.items()):  # the vocabulary last: it says that the rest is there
+                (staged / name).write_bytes(content)
+    return Encoder(str(work), str(directory), digest, filters)
+
+
+def _training_texts(parts: Sequence[Part], filters: Filters, holdout: float) -> Iterator[str]:
+    """The texts that will be trained on, read one after the other."""
+    sieve, num_kept, num_training = Sieve(filters), 0, 0
+    with progress(len(parts), desc="training the tokenizer", unit=" parts") as bar:
+        for part in parts:
+            for document in read_part(part):
+                fields = mark(document, filters)
+                if not sieve.reason(fields):
+                    num_kept += 1
+                    if not is_held_out(fields.origin, holdout):
+                        num_training += 1
+                        yield document.text
             bar.update(1)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
-    stem.with_suffix(".offsets").write_bytes(offsets.tobytes())
-    characters = sum(len(document.text) for document in documents)
-    text_tokens = int(lengths.sum()) - 2 * len(documents)
+    _check_training_documents(parts, holdout, num_kept, num_training)
+
+
+def _check_training_documents(parts: Sequence[Part], holdout: float, num_kept: int, num_training: int) -> None:
+    """Raise ValueError if nothing is left to train on."""
+    if not num_kept:
+        first = next((extent.path for part in parts for extent in part.extents), "the sources")
+        raise ValueError(f"no text to train on in {first} and what else was given; give at least one document")
+    if not num_training:
+        raise ValueError(f"holdout={holdout} leaves none of {num_kept} documents to train on; lower it")
+
+
+def _write(out: Path, encoder: Encoder, inputs: dict[str, Any], parts: Sequence[Part]) -> dict:
+    """Write what was encoded as the directory `out`; returns its metadata."""
+    with staged_directory(out) as staged:
+        for file in as_path(encoder.tokenizer).iterdir():
+            (staged / file.name).write_bytes(file.read_bytes())
+        metadata = inputs | {"python_version": platform.python_version(), "dtype": encoder.dtype}
+        metadata |= _write_sources(staged, encoder, parts, inputs["holdout"])
+        num_training, num_heldout = (
+            sum(source[split]["documents"] for source in metadata["sources"].values()) for split in SPLITS
+        )
+        _check_training_documents(parts, inputs["holdout"], num_training + num_heldout, num_training)
+        (staged / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
+    return metadata
+
+
+def _write_sources(staged: Path, encoder: Encoder, parts: Sequence[Part], holdout: float) -> dict[str, Any]:
+    """Write the shards of all sources; returns what metadata.json says of them."""
+    sieve, corpus_hash = Sieve(encoder.filters), hashlib.sha256()
+    writers: dict[str, dict[str, ShardWriter]] = {}
+    dropped: dict[str, Counter] = {}
+    with ExitStack() as files, progress(len(parts), desc="writing", unit=" parts") as bar:
+        for part in parts:
+            for piece in encoder.pieces(part):
+                splits = []
+                for source, fields in zip(piece.sources.tolist(), piece.marks(), strict=True):
+                    reason = sieve.reason(fields)
+                    dropped.setdefault(source, Counter())[reason] += 1
+                    splits.append(reason or SPLITS[is_held_out(fields.origin, holdout)])
+                    if not reason:
+                        corpus_hash.update(fields.hash.encode())
+                for source in dict.fromkeys(piece.sources.tolist()):
+                    make_directory(staged / source)
+                    to = writers.setdefault(
+                        source, {split: ShardWriter(staged / source / split, SHARD_TOKENS, files) for split in SPLITS}
+                    )
+                    for split in SPLITS:
+                        chosen = (piece.sources == source) & (np.array(splits) == split)
+                        tokens = piece.tokens[np.repeat(chosen, piece.lengths)]
+                        to[split].write(tokens, piece.lengths[chosen], int(piece.characters[chosen].sum()))
+            bar.update(1)
+        sources = {name: {split: writer.close() for split, writer in to.items()} for name, to in writers.items()}
+    left_out = {name: {reason: counts[reason] for reason in REASONS} for name, counts in dropped.items()}
     return {
-        "documents": len(documents),
-        "tokens": int(lengths.sum()),
-        "characters": characters,
-        "characters_per_token": round(characters / text_tokens, 4) if documents else None,
-        "sources": {name: dict(counts) for name, counts in sources.items()},
-        "lengths": _histogram(lengths),
+        "corpus_hash": corpus_hash.hexdigest(),
+        "dropped_documents": {reason: sum(counts[reason] for counts in left_out.values()) for reason in REASONS},
+        "dropped_by_source": left_out,
+        "sources": sources,
     }
 
 
-def _token_dtype(tokenizer: Tokenizer) -> str:
-    return "uint16" if tokenizer.vocab_size <= 65_536 else "uint32"
-
-
-def _histogram(lengths: np.ndarray) -> list[dict]:
-    """Documents and their tokens in bins of a factor of two; at_least is the lower end in tokens."""
-    bins = 1 << np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)
-    return [
-        {"at_least": int(low), "documents": int((bins == low).sum()), "tokens": int(lengths[bins == low].sum())}
-        for low in np.unique(bins)
-    ]
-
-
-def _summary(out: str, metadata: dict) -> str:
+def _report(out: str, metadata: dict) -> str:
     """What was prepared, for people."""
-    dropped = ", ".join(f"{count} {reason}" for reason, count in metadata["dropped_documents"].items())
+    dropped = ", ".join(
+        f"{count} {reason.replace('_', ' ')}" for reason, count in metadata["dropped_documents"].items()
+    )
+    sources = metadata["sources"]
+    width = max(10, *(len(name) + 2 for name in sources))
     lines = [
         f"prepared    {out}, vocabulary of {metadata['vocab_size']} in {metadata['dtype']}",
         f"corpus      {metadata['corpus_hash']}",
         f"python      {metadata['python_version']}",
         f"left out    {dropped}",
         "",
-        f"{'split':<10}{'documents':>11}{'tokens':>15}{'chars/token':>13}{'in documents of 8192+':>23}",
+        f"{'source':<{width}}{'split':<10}{'documents':>11}{'tokens':>17}{'chars/token':>13}{'in 8K+ docs':>13}"
+        f"{'left out':>10}",
     ]
-    for name, split in metadata["splits"].items():
-        long = sum(entry["tokens"] for entry in split["lengths"] if entry["at_least"] >= 8192)
-        share = f"{long / split['tokens']:.1%}" if split["tokens"] else "-"
-        rate = f"{split['characters_per_token']:.3f}" if split["documents"] else "-"
-        lines.append(f"{name:<10}{split['documents']:>11,}{split['tokens']:>15,}{rate:>13}{share:>23}")
-    return "\n".join(lines)
+    for name, splits in sources.items():
+        left_out = f"{sum(metadata['dropped_by_source'][name].values()):,}"
+        for split, counts in splits.items():
+            rate = f"{counts['characters_per_token']:.3f}" if counts["documents"] else "-"
+            long = sum(entry["tokens"] for entry in counts["lengths"] if entry["at_least"] >= 8192)
+            share = f"{long / counts['tokens']:.1%}" if counts["tokens"] else "-"
+            line = f"{name:<{width}}{split:<10}{counts['documents']:>11,}{counts['tokens']:>17,}{rate:>13}{share:>13}"
+            lines.append(line + (f"{left_out:>10}" if split == SPLITS[0] else ""))
+    return "\n".join([*lines, "", *_histograms(sources, width)])
+
+
+def _histograms(sources: dict, width: int) -> list[str]:
+    """A line for each source: how many documents have at least so many tokens, up to the next column."""
+    lengths = {name: Counter() for name in sources}
+    for name, splits in sources.items():
+        for entry in [entry for counts in splits.values() for entry in counts["lengths"]]:
+            lengths[name][min(max(entry["at_least"], 128), 131_072)] += entry["documents"]
+    bins = sorted(set().union(*lengths.values()))
+    titles = ["<256" if low == 128 else f"{low // 1024}K+" if low >= 1024 else f"{low}+" for low in bins]
+    lines = ["documents by tokens", f"{'source':<{width}}" + "".join(f"{title:>8}" for title in titles)]
+    for name, counts in lengths.items():
+        shown = (f"{counts[low]:,}" if counts[low] < 10_000 else tqdm.format_sizeof(counts[low]) for low in bins)
+        lines.append(f"{name:<{width}}" + "".join(f"{count:>8}" for count in shown))
+    return lines
+
+
+def _fraction(text: str) -> float:
+    """0.005 from "0.005" or "0.5%"."""
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m train.prepare", description="Text to token shards for train.pretrain.")
+    parser = argparse.ArgumentParser(
+        "python -m train.prepare",
+        description="Text to token shards for train.pretrain.",
+        epilog="SOURCE is PATH or NAME=PATH (NAME, e.g. multilingual/de, is what a mixture calls it; default text). "
+        "PATH is a file, a folder, a quoted glob, gs://, s3://, or hf://datasets/NAME[:SPLIT][@CONFIG], e.g. "
+        "web=hf://datasets/allenai/c4:train@en. Kinds: .jsonl, .json (lines), .parquet, any other text; .gz and .zst "
+        "of these. A killed run goes on when the same command is given again.",
+    )
     add = parser.add_argument
-    add("sources", nargs="*", metavar="SOURCE", help="text or .jsonl (field text) files; default: what Python ships")
+    add("sources", nargs="*", metavar="SOURCE", help="text to prepare; default: what Python ships")
     add("--tokenizer", metavar="T", help="a tokenizer file or directory; default: train one on the training documents")
     add("--vocab-size", type=int, metavar="N", help=f"ids of the trained tokenizer (default {DEFAULT_VOCAB_SIZE})")
     add("--out", default=DEFAULT_OUT, metavar="DIR", help="the directory to write (default %(default)s)")
-    add("--holdout", type=float, default=DEFAULT_HOLDOUT, help="fraction of documents held out (default %(default)s)")
+    add("--holdout", type=_fraction, default=DEFAULT_HOLDOUT, metavar="F", help="documents held out (default 5%%)")
+    add("--text-field", default="text", metavar="NAME", help="field or column of the text (default %(default)s)")
+    add("--dedup", choices=["minhash"], help="leave out near duplicates too; exact ones always are")
+    add("--dedup-threshold", type=float, metavar="J", help=f"similarity of those (default {DEFAULT_THRESHOLD})")
+    add("--decontaminate", action="append", default=[], metavar="FILE", help="leave out text of this evaluation set")
+    add("--workers", type=int, metavar="N", help="processes (default: one a core)")
     add("--json", action="store_true", help="print metadata.json instead of the table")
     options = parser.parse_args(argv)
+    if options.dedup_threshold is not None and not options.dedup:
+        parser.error("--dedup-threshold belongs to --dedup minhash; give both")
+    threshold = (options.dedup_threshold or DEFAULT_THRESHOLD) if options.dedup else None
     metadata = prepare(
         options.sources,
         options.out,
         tokenizer=options.tokenizer,
         vocab_size=options.vocab_size,
         holdout=options.holdout,
+        text_field=options.text_field,
+        filters=Filters(threshold, evaluation_ngrams(options.decontaminate)),
+        workers=options.workers,
     )
-    print(json.dumps(metadata, indent=1) if options.json else _summary(options.out, metadata))
+    print(json.dumps(metadata, indent=1) if options.json else _report(options.out, metadata))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Both stages live in one run directory; a stage that was stopped goes on where it
 """
 
 import argparse
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,32 +30,48 @@ if TYPE_CHECKING:
 
 
 def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = None) -> None:
-    """Train one stage to its end, from init, the newest checkpoint of the run, or fresh weights.
+    """Train one stage to its end, from init, the newest whole checkpoint of the run, or fresh weights.
 
-    Raises ValueError if the config has no such stage, if the stage before it is not done, or if
-    init is given for a run that already has this stage.
+    Every process of the run calls it. Raises ValueError if the config has no such stage, if the stage before it
+    is not done, if init is given for a run that already has this stage, or if the run is another.
     """
     # These import jax, which --help need not wait for.
+    from llama_jax.checkpoint.together import together
     from train.loop import Stage
     from train.optimizer import make_optimizer
+    from train.peers import Peers
 
     if stage not in config.stage:
         raise ValueError(f"config {config.name} has no stage {stage!r}; it has {', '.join(config.stage)}")
-    start = starting_point(config, stage, run_dir, init)
-    saved = f"{run_dir}/checkpoints/{start.step}"
-    if start.stage_done:
-        say(f"stage {stage} is done: {saved}")
-        return
     use_compilation_cache()
-    if len({device.process_index for device in open_devices()}) > 1:
-        raise ValueError("training in several processes is not built yet; use the devices of one host")
-    with llama_jax.use_mesh(config.stage_mesh(stage)) as mesh:
-        model, source = config.stage_model(stage), init or (saved if start.step else f"seed {config.run.seed}")
-        say(f"{describe_run(model, mesh, config.run.compute_dtype, source)}: {config.name} stage {stage}")
-        _check_memory(config, stage)
-        _prepare_data(config, run_dir, init)
-        job = Stage(config, stage, run_dir, make_optimizer(config.optimizer, config.stage[stage]))
-        job.train(_state(job, start, run_dir, init), start)
+    open_devices()
+    with Peers() as peers:
+        start = starting_point(config, stage, run_dir, init)
+        saved = run_dir / "checkpoints" / str(start.step) if start.step else None
+        if start.stage_done:
+            say(f"stage {stage} is done: {saved}")
+            return
+        source = init or saved
+        config = with_rope_of(config, stage, source)
+        with llama_jax.use_mesh(config.stage_mesh(stage)) as mesh:
+            model, dtype = config.stage_model(stage), config.run.compute_dtype
+            described = describe_run(model, mesh, dtype, str(source or f"seed {config.run.seed}"))
+            say(f"{described}: {config.name} stage {stage}")
+            _check_memory(config, stage)
+            record = json.loads(together("prepare", lambda: _prepare(config, stage, run_dir, init))[0])
+            job = Stage(config, stage, run_dir, make_optimizer(config.optimizer, config.stage[stage]))
+            start = dataclasses.replace(start, run_id=record["run_id"])
+            job.train(_state(job, start, run_dir, source), start, record, peers)
+
+
+def with_rope_of(config: TrainConfig, stage: str, source: str | Path | None) -> TrainConfig:
+    """The config with the RoPE of the checkpoint that a stage starts from, unless the stage has a factor of its own."""
+    from llama_jax.checkpoint.formats import open_checkpoint
+
+    if source is None or config.stage[stage].rope_factor:
+        return config
+    model = dataclasses.replace(config.model, rope=open_checkpoint(source).cfg.rope)
+    return dataclasses.replace(config, model=model)
 
 
 def _check_memory(config: TrainConfig, stage: str) -> None:
@@ -81,7 +99,7 @@ def _check_memory(config: TrainConfig, stage: str) -> None:
         check_fit(what, needs, get_mesh().devices.flat, ways=WAYS)
 
 
-def _state(job: "Stage", start: "Progress", run_dir: Path, init: str | None) -> "TrainState":
+def _state(job: "Stage", start: "Progress", run_dir: Path, source: str | Path | None) -> "TrainState":
     """What the stage starts or goes on with."""
     from train.checkpoints import initial_state, resumed_state, state_from
 
@@ -89,17 +107,16 @@ def _state(job: "Stage", start: "Progress", run_dir: Path, init: str | None) -> 
         state = resumed_state(run_dir, start.step, job.model, job.optimizer)
         say(f"resuming at step {start.phase_step} of stage {job.name}")
         return state
-    if init or start.step:
-        return state_from(init or run_dir / "checkpoints" / str(start.step), job.model, job.optimizer)
+    if source:
+        return state_from(source, job.model, job.optimizer)
     return initial_state(job.model, job.optimizer, job.config.run.seed)
 
 
 def starting_point(config: TrainConfig, stage: str, run_dir: Path, init: str | None) -> "Progress":
     """Where a stage starts or goes on."""
-    from train.checkpoints import Progress, read_progress, saved_steps
+    from train.checkpoints import Progress, newest_whole
 
-    steps = saved_steps(run_dir)
-    newest = read_progress(run_dir, steps[-1]) if steps else Progress()
+    newest = newest_whole(run_dir) or Progress()
     stages = list(config.stage)
     if newest.stage == stage:
         if init:
@@ -116,16 +133,34 @@ def starting_point(config: TrainConfig, stage: str, run_dir: Path, init: str | N
     return Progress(step=newest.step, tokens=newest.tokens, stage=stage)
 
 
-def _prepare_data(config: TrainConfig, run_dir: Path, init: str | None) -> None:
+def _prepare(config: TrainConfig, stage: str, run_dir: Path, init: str | None) -> str:
+    """The first process prepares data and run directory; the run's record as JSON.
+
+    Raises ValueError for another run or data of another tokenizer, FileNotFoundError for data that are not there.
+    """
+    import jax
+
+    from train.checkpoints import remove_leftovers
+    from train.record import check_record, write_record
+
+    if jax.process_index() > 0:
+        return ""
+    record = check_record(run_dir, config, stage, _prepare_data(config, run_dir, init))
+    write_record(run_dir, record)
+    remove_leftovers(run_dir)
+    return json.dumps(record)
+
+
+def _prepare_data(config: TrainConfig, run_dir: Path, init: str | None) -> str:
     """Prepare the data if they are not there, and put the tokenizer and the licences of init into the run.
 
-    Raises FileNotFoundError for data that a run cannot prepare itself, ValueError for those of another
-    tokenizer than init's.
+    Returns the hash of the corpus. Raises FileNotFoundError for data that a run cannot prepare itself,
+    ValueError for those of another tokenizer than init's.
     """
     from llama_jax.checkpoint.formats import open_checkpoint
     from llama_jax.convert import copy_companions
-    from train.data import read_metadata
     from train.prepare import DEFAULT_VOCAB_SIZE, prepare
+    from train.shards import SPLITS, read_metadata
 
     data, directory, vocab_size = config.data, as_path(config.data.directory), config.model.vocab_size
     beside = open_checkpoint(init).companions if init else None
@@ -139,13 +174,14 @@ def _prepare_data(config: TrainConfig, run_dir: Path, init: str | None) -> None:
     metadata = read_metadata(directory)
     if beside:
         _check_tokenizer(directory, beside)
-    splits = {name: split["tokens"] for name, split in metadata["splits"].items()}
-    corpus, python = metadata["corpus_hash"][:16], metadata["python_version"]
-    say(f"data {data.directory}: {splits} tokens, corpus {corpus}, Python {python}")
+    splits = {name: sum(source[name]["tokens"] for source in metadata["sources"].values()) for name in SPLITS}
+    corpus, python = metadata["corpus_hash"], metadata["python_version"]
+    say(f"data {data.directory}: {splits} tokens, corpus {corpus[:16]}, Python {python}")
     make_directory(run_dir)
     copy_companions(directory, run_dir)
     for file in [file for pattern in _LICENCES for file in beside.glob(pattern)] if beside else []:
         (run_dir / file.name).write_bytes(file.read_bytes())
+    return corpus
 
 
 def _check_tokenizer(data: Path, weights: Path) -> None:

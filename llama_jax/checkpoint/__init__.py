@@ -14,7 +14,7 @@ from llama_jax.checkpoint.layout import ModelSource, read_model
 from llama_jax.memory import check_fit, weight_bytes
 from llama_jax.mesh import inference_mesh_spec, make_mesh
 from llama_jax.model import Layout, Llama
-from llama_jax.paths import staged_directory
+from llama_jax.paths import as_path, staged_directory
 
 
 def load(
@@ -70,12 +70,17 @@ def _float_dtype(dtype: DTypeLike | None) -> np.dtype:
 def save(model: Llama, path: str | Path, format: Format = "hf") -> None:
     """Write the weights in their dtype and the config; the directory appears whole or not at all.
 
-    Raises ValueError for an unknown format, FileExistsError if the directory is not empty.
+    Every process calls this; several write "orbax" alone. Raises ValueError for an unknown format,
+    FileExistsError if the directory is not empty, OSError if a process fails to write.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
     if jax.process_count() > 1:
-        raise ValueError("saving a whole model from several processes is not built yet; convert a run's checkpoint")
+        if format != "orbax":
+            raise ValueError(f"{format} is not written by several processes; save as orbax and convert that in one")
+        from llama_jax.checkpoint.snapshot import save_together  # imports Orbax, half a second
+
+        return save_together(model, as_path(path))
     with staged_directory(path) as staged:
         write_checkpoint(staged, model.cfg, ModelSource(model), to=format)
 

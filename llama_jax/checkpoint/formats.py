@@ -2,7 +2,7 @@
 
 The project's own form is a directory with model.json (the architecture) and params/, an Orbax
 checkpoint of canonical names and shapes. A run directory of train.pretrain holds one per saved
-step in checkpoints/, and the tokenizer.
+step in checkpoints/, in some of them another, the average of those up to it, and the tokenizer.
 """
 
 import dataclasses
@@ -32,8 +32,9 @@ MODEL_FILE = "model.json"
 
 _DESCRIPTIONS = (MODEL_FILE, "config.json", "params.json")
 
+AVERAGE = "average"  # of the checkpoints of a stage, within the last of them
+
 _STEPS = "checkpoints"
-_STEP = re.compile(r"[0-9]+|average")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
@@ -61,7 +62,7 @@ def open_checkpoint(
     allow_unknown_config: bool = False,
     check: Callable[[LlamaConfig], None] | None = None,
 ) -> Checkpoint:
-    """Open a directory, run directory (`runs/x`, `runs/x@12000`) or hub id (`org/name@revision`).
+    """Open a directory, run directory (`runs/x`, `runs/x@12000`, `runs/x@average`) or hub id (`org/name@revision`).
 
     overrides replaces config fields ({"rope.factor": 32}). check is asked about a model of the hub,
     and may raise, before its weights are fetched. Raises ValueError or FileNotFoundError that says
@@ -81,8 +82,7 @@ def open_checkpoint(
         cfg = _override(cfg, key, value)
     source, file_of = _open_source(form, directory, cfg)
     check_tensors(cfg, source, file_of)
-    in_run = form == "orbax" and directory.parent.name == _STEPS and _STEP.fullmatch(directory.name)
-    companions = directory.parents[1] if in_run else directory
+    companions = _run_of(directory) if form == "orbax" else directory
     return Checkpoint(directory, companions, form, cfg, CanonicalSource(source, cfg), metadata)
 
 
@@ -125,15 +125,34 @@ def find_checkpoint(path: str, check: Callable[[LlamaConfig], None] | None = Non
     raise FileNotFoundError(f"no checkpoint at {path}")
 
 
-def _find_step(run: Path, step: str | None = None) -> Path:
-    """The directory of a saved step, by default of the newest; one without model.json was never finished."""
-    found = [p.name for p in run.glob(f"{_STEPS}/*") if _STEP.fullmatch(p.name) and (p / MODEL_FILE).exists()]
-    saved = sorted(found, key=lambda name: int(name) if name.isdecimal() else -1)
-    if not saved:
+def _find_step(run: Path, asked: str | None = None) -> Path:
+    """The directory of a saved step, by default of the newest; one without model.json was never finished.
+
+    "average" is that of the newest step that has one.
+    """
+    folder = run / _STEPS
+    found = [p.name for p in run.glob(f"{_STEPS}/*") if p.name.isdecimal() and (p / MODEL_FILE).exists()]
+    steps = sorted(found, key=int, reverse=True)
+    if not steps:
         raise FileNotFoundError(f"{run} holds no saved checkpoints")
-    if step is not None and step not in saved:
-        raise FileNotFoundError(f"{run} has no checkpoint {step!r}; it has {', '.join(saved)}")
-    return run / _STEPS / (step or saved[-1])
+    if asked == AVERAGE:
+        averages = [path for step in steps if ((path := folder / step / AVERAGE) / MODEL_FILE).exists()]
+        if not averages:
+            raise FileNotFoundError(f"{run} has no average, which a stage with average = true keeps; {_steps(steps)}")
+        return averages[0]
+    if asked is not None and asked not in steps:
+        raise FileNotFoundError(f"{run} has no checkpoint {asked!r}; {_steps(steps)}")
+    return folder / (asked or steps[0])
+
+
+def _steps(newest_first: list[str]) -> str:
+    return f"it has {', '.join(reversed(newest_first))}"
+
+
+def _run_of(directory: Path) -> Path:
+    """The run directory that a saved step or an average belongs to, with the tokenizer; else the directory itself."""
+    step = directory.parent if directory.name == AVERAGE else directory
+    return step.parents[1] if step.name.isdecimal() and step.parent.name == _STEPS else directory
 
 
 def _nothing_here(directory: Path) -> str:

@@ -1,8 +1,8 @@
 """Orbax checkpoints: a flat tree from canonical name to array in canonical shape.
 
-Written through orbax-checkpoint, so that any user of Orbax can restore them; read with tensorstore,
-on which Orbax stands, because Orbax restores arrays and not slices. The one invariant: Orbax and this
-module see the same bits in either's checkpoint.
+Described by orbax-checkpoint, so that any user of Orbax can restore them; read and written with
+tensorstore, on which Orbax stands, because Orbax knows arrays and not slices. The one invariant: Orbax
+and this module see the same bits in either's checkpoint.
 """
 
 import contextlib
@@ -10,7 +10,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 
 from llama_jax.checkpoint.safetensors import expect_end, next_tensor
 from llama_jax.checkpoint.source import TensorSpec
-from llama_jax.paths import as_path, is_remote, kvstore_spec, remove_directory, vacant_directory
+from llama_jax.paths import as_path, is_remote, kvstore_spec, staged_directory
 
 _CHUNK_BYTES = 4 * 2**20  # a slice reads whole chunks, so small ones leave little to be read twice
-_CHUNKS_IN_FLIGHT = 64
+_BYTES_IN_FLIGHT = 2**28
 _OBJECT_BYTES = 2**28  # of a data file in an object store, which is sent in one piece out of memory
 _CACHE_BYTES = 2**29  # decoded chunks that the next slice may need too, and the tree's nodes
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")  # Orbax's names for what tensorstore holds
+_PROCESS = "ocdbt.process_"  # Orbax's, too
+
+Box = tuple[slice, ...]
 
 
 class OrbaxSource:
@@ -70,6 +75,14 @@ class OrbaxSource:
         with self._blaming(name):
             return store[tuple(slice(start, max(start, stop)) for start, stop in bounds)].read().result()
 
+    def check(self) -> None:
+        """Read all that is stored, each of several processes its share. Raises ValueError for what is damaged."""
+        for name in list(self._stores)[jax.process_index() :: jax.process_count()]:
+            store = self._stores[name]
+            step = store.chunk_layout.read_chunk_template.shape  # so that no chunk is read twice
+            for start in range(0, store.shape[0], step[0]) if step else [0]:
+                self.read(name, tuple(slice(start, start + rows) for rows in step[:1]))
+
     @contextlib.contextmanager
     def _blaming(self, name: str) -> Iterator[None]:
         try:
@@ -79,10 +92,144 @@ class OrbaxSource:
             raise ValueError(f"{self.directory}: {reason}") from None
 
 
+class TreeWriter:
+    """Writes parts of a tree's arrays, several on their way at a time; every process has its own for its parts.
+
+    chunks: by name, the shape in which an array is cut (see chunk_shape); parts of two processes share no chunk.
+    A context: what left it well is on the disk, and after an error nothing is on its way. The tree is a
+    checkpoint once `finish_tree` has joined what all have written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        specs: Mapping[str, TensorSpec],
+        chunks: Mapping[str, Sequence[int]],
+        process: int = 0,
+    ):
+        self._chunks = chunks
+        kvstore: dict[str, Any] = {
+            "driver": "ocdbt",
+            "base": _directory_spec(directory / f"{_PROCESS}{process}"),
+            "config": {"max_inline_value_bytes": 1024},  # array descriptions lie within the tree's nodes
+        }
+        if is_remote(directory):
+            kvstore["target_data_file_size"] = _OBJECT_BYTES
+        context = ts.Context()
+        # All at once, because each that is waited for is a commit of its own.
+        self._stores = {
+            name: ts.open(
+                _array_spec(chunks[name]) | {"kvstore": kvstore | {"path": name}},
+                create=True,
+                dtype=dtype.name,
+                shape=shape,
+                context=context,
+            )
+            for name, (shape, dtype) in specs.items()
+        }
+        self._writes: deque[tuple[str, int, ts.WriteFutures]] = deque()
+        self._num_bytes = 0
+
+    def __enter__(self) -> "TreeWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            return self.flush()
+        for pending in (*self._stores.values(), *(write for *_, write in self._writes)):
+            with contextlib.suppress(ValueError):
+                pending.result()
+
+    def write(self, name: str, box: Box, part: np.ndarray) -> None:
+        """Send a part off, the box of the array; it must stay as it is until it is flushed.
+
+        Raises OSError if the disk fails, maybe for an earlier part.
+        """
+        with _failing_to_write(name):
+            store = self._stores[name].result()
+        sides = [
+            [slice(at, min(at + step, side.stop)) for at in range(side.start, side.stop, step)]
+            for side, step in zip(box, self._chunks[name], strict=True)
+        ]
+        starts = [side.start for side in box]
+        for chunk in itertools.product(*sides):
+            here = tuple(slice(s.start - start, s.stop - start) for s, start in zip(chunk, starts, strict=True))
+            while self._num_bytes > _BYTES_IN_FLIGHT:
+                self._finish_first()
+            write = store[chunk].write(part[here], can_reference_source_data_indefinitely=True)
+            self._writes.append((name, part[here].nbytes, write))
+            self._num_bytes += part[here].nbytes
+
+    def flush(self) -> None:
+        """Wait until all so far is on the disk. Raises OSError if that fails."""
+        while self._writes:
+            self._finish_first()
+        for name, store in self._stores.items():
+            with _failing_to_write(name):
+                store.result()
+
+    def _finish_first(self) -> None:
+        name, num_bytes, write = self._writes.popleft()
+        self._num_bytes -= num_bytes
+        with _failing_to_write(name):
+            write.result()
+
+
+def _array_spec(chunk: Sequence[int]) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        # Orbax takes a chunk that is not there for a damaged checkpoint, also where it would be zeros.
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+            # A checksum and no compression, which saves a quarter of bfloat16 weights at best and slows loading.
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        },
+    }
+
+
+@contextlib.contextmanager
+def _failing_to_write(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # so tensorstore calls a full disk
+        raise OSError(f"array {name!r} could not be written: {_first_words(error)}") from None
+
+
+def finish_tree(directory: Path, specs: Mapping[str, TensorSpec], num_processes: int = 1) -> None:
+    """Join what the processes have written into one Orbax checkpoint; one of them calls this when all are done."""
+    types, alone = ocp.type_handlers, ocp.options.MultiprocessingOptions(0, {0}, "finish")
+    registry = types.create_type_handler_registry(
+        (jax.ShapeDtypeStruct, _Written()), (jax.Array, types.get_type_handler(jax.Array))
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry, multiprocessing_options=alone)
+    leaves = {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in specs.items()}
+    handler.save(epath.Path(directory), args=ocp.args.PyTreeSave(leaves))
+    # As Orbax's own finalize does, which knows no s3.
+    context = ts.Context()
+
+    def opened(path: Path) -> ts.KvStore:
+        return ts.KvStore.open({"driver": "ocdbt", "base": _directory_spec(path)}, context=context).result()
+
+    with _failing_to_write(directory.name), ts.Transaction(atomic=True) as transaction:
+        whole = opened(directory).with_transaction(transaction)
+        for process in range(num_processes):
+            opened(directory / f"{_PROCESS}{process}").experimental_copy_range_to(whole).result()
+
+
+class _Written(ocp.type_handlers.NumpyHandler):
+    """Has Orbax describe a tree whose leaves only announce arrays that are written already."""
+
+    async def serialize(self, values, infos, args=None):
+        """Nothing is left to do."""
+        del values, infos, args
+        return []
+
+
 def write_orbax(
     directory: str | os.PathLike, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, np.ndarray]]
 ):
-    """Writes a checkpoint from one process, which holds one tensor and a few of its chunks at a time.
+    """Writes a checkpoint from one process, which holds one tensor at a time.
 
     The directory must be absent or empty and appears when it is complete. tensors yields (name,
     array) in the order of specs; each is let go before the next is asked for. Raises ValueError if
@@ -91,122 +238,40 @@ def write_orbax(
     """
     if jax.process_count() > 1:
         raise ValueError(f"{directory}: tensors are streamed from one process, not {jax.process_count()}")
-    types = ocp.type_handlers
-    registry = types.create_type_handler_registry(
-        (jax.ShapeDtypeStruct, _StreamHandler(specs, iter(tensors))), (jax.Array, types.get_type_handler(jax.Array))
-    )
-    leaves = {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in specs.items()}
-    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
-    if _is_s3(directory):
-        handler.finalize = lambda directory: None  # there is nothing to merge
-    _save(directory, leaves, handler)
+    stream = iter(tensors)
+    with staged_directory(directory) as staged:
+        chunks = {name: chunk_shape(spec.shape, spec.dtype.itemsize) for name, spec in specs.items()}
+        with TreeWriter(staged, specs, chunks) as writer:
+            for name, spec in specs.items():
+                tensor = next_tensor(stream, name, spec)
+                writer.write(name, tuple(slice(0, size) for size in spec.shape), tensor)
+                writer.flush()
+                del tensor  # or it would live on while the next one is made
+        expect_end(stream)
+        finish_tree(staged, specs)
 
 
-def save_arrays(directory: str | os.PathLike, arrays: Mapping[str, jax.Array]):
-    """Writes arrays, each process the shards that it holds; every process calls this.
+def chunk_shape(shape: Sequence[int], itemsize: int, grain: Sequence[int] | None = None) -> list[int]:
+    """Chunks of at most 4 MiB: the shape halved along its longest side, so that slices of any side read little else.
 
-    The directory must be absent or empty and appears when it is complete. Raises FileExistsError, and
-    ValueError for s3 from several processes, because Orbax does not write there.
+    grain: by side, what all parts that several processes write begin and end at multiples of.
     """
-    if _is_s3(directory):
-        specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
-        return write_orbax(directory, specs, ((name, np.asarray(array)) for name, array in arrays.items()))
-    _save(directory, dict(arrays), ocp.PyTreeCheckpointHandler())
-
-
-class _StreamHandler(ocp.type_handlers.NumpyHandler):
-    """Writes a tree whose leaves only announce the arrays that a stream will bring."""
-
-    def __init__(self, specs: Mapping[str, TensorSpec], stream: Iterator[tuple[str, np.ndarray]]):
-        super().__init__()
-        self._specs, self._stream = specs, stream
-
-    async def serialize(self, values, infos, args=None):
-        """Called once for all leaves. Orbax merges what it finds under its processes' names, but not in s3."""
-        del values, args
-        directory = infos[0].parent_dir
-        kvstore = {
-            "driver": "ocdbt",
-            "base": _directory_spec(directory if _is_s3(directory) else directory / "ocdbt.process_0"),
-            "config": {"max_inline_value_bytes": 1024},  # array descriptions lie within the tree's nodes
-        }
-        if is_remote(directory):
-            kvstore["target_data_file_size"] = _OBJECT_BYTES
-        context = ts.Context()
-        for name, spec in self._specs.items():
-            tensor = next_tensor(self._stream, name, spec)
-            try:
-                _write_tensor(kvstore | {"path": name}, tensor, context)
-            except ValueError as error:  # so tensorstore calls a full disk
-                raise OSError(f"array {name!r} could not be written: {_first_words(error)}") from None
-            del tensor  # or it would live on while the next one is made
-        expect_end(self._stream)
-        return []
-
-
-def _write_tensor(kvstore: dict[str, Any], tensor: np.ndarray, context: ts.Context):
-    """Stores one array in chunks of equal shape, a few of them in flight at a time."""
-    chunk = _chunk_shape(tensor.shape, tensor.dtype.itemsize)
-    spec = {
-        "driver": "zarr3",
-        "kvstore": kvstore,
-        # Orbax takes a chunk that is not there for a damaged checkpoint, also where it would be zeros.
-        "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-            # A checksum and no compression, which saves a quarter of bfloat16 weights at best and slows loading.
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        },
-    }
-    store = ts.open(spec, create=True, dtype=tensor.dtype.name, shape=tensor.shape, context=context).result()
-    sides = [
-        [slice(at, min(at + step, size)) for at in range(0, size, step)]
-        for size, step in zip(tensor.shape, chunk, strict=True)
-    ]
-    boxes = list(itertools.product(*sides))
-    for first in range(0, len(boxes), _CHUNKS_IN_FLIGHT):
-        writes = [
-            store[box].write(tensor[box], can_reference_source_data_indefinitely=True)
-            for box in boxes[first : first + _CHUNKS_IN_FLIGHT]
-        ]
-        for write in writes:
-            write.result()
-
-
-def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """The shape halved along its longest side until it fits: slices of either side then read little else."""
-    chunk = [max(1, size) for size in shape]
+    grain = shape if grain is None else grain
+    chunk = [max(1, size) for size in grain]
     while math.prod(chunk) * itemsize > _CHUNK_BYTES:
-        longest = chunk.index(max(chunk))
+        # An uneven half of a grain would reach into another process's.
+        sides = [i for i, size in enumerate(chunk) if size > 1 and (size % 2 == 0 or grain[i] == shape[i])]
+        if not sides:
+            break
+        longest = max(sides, key=lambda i: chunk[i])
         chunk[longest] = -(-chunk[longest] // 2)
     return chunk
-
-
-def _save(directory: str | os.PathLike, tree: Mapping[str, Any], handler: ocp.PyTreeCheckpointHandler):
-    """Saves under Orbax's own staging, in an object store in place, and removes what a failure would leave of it."""
-    directory = vacant_directory(directory)
-    staging, staged = None, directory.with_name(directory.name + ocp.utils.TMP_DIR_SUFFIX)
-    if is_remote(directory):
-        staging, staged = ocp.path.atomicity.CommitFileTemporaryPath, directory
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        directory.rmdir()  # Orbax makes it itself
-    try:
-        with ocp.Checkpointer(handler, temporary_path_class=staging) as checkpointer:
-            checkpointer.save(directory, args=ocp.args.PyTreeSave(tree))
-    except BaseException:
-        with contextlib.suppress(OSError):
-            remove_directory(staged)
-        raise
 
 
 def _directory_spec(directory: str | os.PathLike) -> dict[str, Any]:
     """Tensorstore's description of what lies below a directory."""
     spec = kvstore_spec(directory)
     return spec | {"path": f"{spec['path']}/"}
-
-
-def _is_s3(path: str | os.PathLike) -> bool:
-    return kvstore_spec(as_path(path))["driver"] == "s3"
 
 
 def _first_words(error: ValueError) -> str:
