@@ -24,10 +24,11 @@ from llama_jax.entry import run_entry
 from llama_jax.model import Llama
 from llama_jax.paths import staged_file
 from train.config import TrainConfig, read_config
-from train.data import Batches, PackedRows, TokenDataset
+from train.data import PackedRows, stack
 from train.device import put_batch
 from train.evaluation import row_losses
 from train.pretrain import pretrain
+from train.shards import TokenDataset, all_documents, open_sources
 
 # GQA-2 has 2 KV heads. MHA-narrow has exactly GQA-2's parameters: its MLP pays for the KV heads.
 VARIANTS: dict[str, dict[str, int]] = {
@@ -59,9 +60,9 @@ def variant_model(variant: str) -> LlamaConfig:
 def heldout_loss(params: Llama, dataset: TokenDataset, seq_len: int) -> float:
     """Mean loss in nats over the whole split, packed into rows of seq_len as in training, in params' dtype."""
     rows = PackedRows(dataset, seq_len, seed=0)
-    batches, total, count = Batches(rows, EVAL_ROWS), 0.0, 0.0
+    total = count = 0.0
     for start in range(0, len(rows), EVAL_ROWS):
-        batch = next(batches)
+        batch = stack([rows.row(index) for index in range(start, start + EVAL_ROWS)])
         is_first_epoch = start + np.arange(EVAL_ROWS) < len(rows)
         mask = batch.loss_mask * is_first_epoch[:, None]
         losses = row_losses(params, put_batch(batch, params.rules), params.embedding[...].dtype)
@@ -84,7 +85,8 @@ def trained_loss(variant: str, seed: int, tokens: int, out: Path, *, train: bool
         pretrain(config, "1", run_dir)
         with llama_jax.use_mesh(config.run.mesh):
             params = llama_jax.load(run_dir, dtype=config.run.compute_dtype)
-            loss = heldout_loss(params, TokenDataset(config.data.directory, "heldout"), SEQ_LEN)
+            dataset = all_documents(open_sources(config.data.directory, "heldout"))
+            loss = heldout_loss(params, dataset, SEQ_LEN)
         with staged_file(path) as staged:
             staged.write_text(json.dumps({"heldout_loss": loss, "environment": environment()}) + "\n")
         print(f"{variant} seed {seed}: held-out loss {loss:.4f}", flush=True)

@@ -222,7 +222,9 @@ def serving_line(name: str, found: GenerationPlan) -> tuple[str, ...]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_table", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plan_table", description="Planned rows beside MaxText's."
+    )
     rows = {**TRAINING, **SERVING}
     parser.add_argument("--row", action="append", choices=rows, metavar="ID", help=f"of {', '.join(rows)}")
     parser.add_argument("--hlo", type=Path, metavar="F", help="write the compiled module's text there, of one row")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data import FORMAT_VERSION, SHARD_TOKENS, SPLITS
+from train.shards import FORMAT_VERSION, SHARD_TOKENS, SPLITS
 
 Documents = Sequence[Sequence[int]]
 

@@ -252,7 +252,7 @@ def test_a_batch_grows_over_phases_whose_rows_go_on(workdir):
     run("1", "--set", ramp, "--set", "run.log_every=1")
     assert logged("runs/tiny", "tokens")[:1] == [64]
     assert sorted(set(logged("runs/tiny", "tokens"))) == [64, 128, 192, 256, 384, 512]
-    assert read_progress(Path("runs/tiny"), 6).row == 512 // 16
+    assert read_progress(Path("runs/tiny"), 6).rows["text"][0] == 512 // 16
 
 
 def test_the_anneal_stage_goes_on_from_the_one_before_to_a_rate_of_zero(workdir):
@@ -273,10 +273,10 @@ def spike(monkeypatch):
     def poison(*numbers: int):
         calls = []
 
-        def put(batch, rules):
+        def put(batch, rules, **where):
             calls.append(batch)
             scale = math.nan if len(calls) in numbers else 1.0
-            return put_batch(batch._replace(loss_mask=batch.loss_mask * np.float32(scale)), rules)
+            return put_batch(batch._replace(loss_mask=batch.loss_mask * np.float32(scale)), rules, **where)
 
         monkeypatch.setattr(loop, "put_batch", put)
 
@@ -297,14 +297,14 @@ def test_a_rollback_returns_to_the_checkpoint_and_leaves_out_the_data_since(work
     run("1", "--set", "optimizer.on_spike=rollback", "--set", "run.save_every=4", "--set", "run.keep_checkpoints=9")
     assert saved_steps(Path("runs/tiny")) == [4, 8]
     assert logged("runs/tiny", "rolled_back_from") == [6]
-    assert read_progress(Path("runs/tiny"), 8).row == 8 * (8 + 2)
+    assert read_progress(Path("runs/tiny"), 8).rows["text"][0] == 8 * (8 + 2)
 
 
 def test_a_run_that_only_rolls_back_stops(workdir, spike):
     spike(*range(4, 99))
     with pytest.raises(ValueError, match="4 were rolled back; lower the learning rate"):
         run("1", "--set", "optimizer.on_spike=rollback", "--set", "run.log_every=1")
-    assert read_progress(Path("runs/tiny"), 3).row == 8 * (3 + 4)  # where the next command goes on
+    assert read_progress(Path("runs/tiny"), 3).rows["text"][0] == 8 * (3 + 4)  # where the next command goes on
 
 
 def test_a_run_with_muon_bfloat16_moments_and_micro_batches_resumes_to_the_bit(workdir):

@@ -232,17 +232,51 @@ def test_slices_of_tpus_exchange_each_devices_own_array_over_the_data_centers_ne
     assert seconds == pytest.approx(2 * 1e9 / 2 / 6.25e9)
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
-def test_a_tpu_that_is_not_there_is_planned_quietly():
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+
+
+def planned_by_command(slice_name: str, mesh: str, *options: str) -> tuple[dict, str]:
+    """The report of a small model's stage on a slice of TPUs, from a process of its own, and what it says on stderr."""
     sets = ["model.num_layers=2", "model.embed_dim=256", "model.mlp_dim=512", "model.num_heads=2"]
-    sets += ["model.num_kv_heads=1", "model.head_dim=128", 'run.mesh="fsdp=-1"', "run.compute_dtype=bfloat16"]
-    command = [sys.executable, "-m", "train.pretrain", "--stage", "1", "--plan", "v4:2x2x1", "--json"]
+    sets += ["model.num_kv_heads=1", "model.head_dim=128", f"run.mesh={mesh}", "run.compute_dtype=bfloat16", *options]
+    command = [sys.executable, "-m", "train.pretrain", "--stage", "1", "--plan", slice_name, "--json"]
     command += [part for setting in sets for part in ("--set", setting)]
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     (report,) = map(json.loads, done.stdout.splitlines())
-    assert done.stderr.count("\n") == 1  # what is compiled
+    return report, done.stderr
+
+
+@needs_libtpu
+def test_a_tpu_that_is_not_there_is_planned_quietly():
+    report, said = planned_by_command("v4:2x2x1", "fsdp=-1")
+    assert said.count("\n") == 1  # what is compiled
     assert report["fits"]
     assert report["hbm_capacity_bytes"] == CHIPS["v4"].hbm_bytes
     assert 0 < report["estimated_mfu"] < 1
     assert report["matmul_flops_per_chip"] + report["kernel_flops_per_chip"] > report["model_flops_per_chip"]
+
+
+@needs_libtpu
+def test_gradients_alone_cross_from_slice_to_slice():
+    report, _ = planned_by_command("2xv4:2x2x1", "data=2,fsdp=-1", "run.loss_chunks=1")
+    assert (report["chips"], report["mesh"]) == (8, "data=2,fsdp=4")
+    (crossing,) = [networks["dcn"] for networks in report["collectives"].values() if networks["dcn"]]
+    # Each chip's share of the gradients, in bfloat16 or float32, and a few scalars.
+    assert report["parts"]["weights"] / 2 <= crossing <= 1.01 * report["parts"]["weights"]
+
+
+@needs_libtpu
+def test_a_compilers_refusal_names_what_takes_the_space_and_a_change_that_it_takes():
+    report, _ = planned_by_command(
+        "v5e:2x2",
+        "fsdp=-1",
+        "model.num_layers=1",
+        "model.vocab_size=128256",
+        "stage.1.batch_tokens=131072",
+        "run.remat=none",
+    )
+    assert not report["fits"]
+    assert report["hbm_peak_bytes"] > CHIPS["v5e"].hbm_bytes
+    assert "logits" in next(iter(report["largest"]))
+    assert " fits: " in report["advice"]

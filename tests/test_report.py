@@ -117,12 +117,13 @@ def test_a_run_without_record_and_events_is_drawn_from_its_metrics(tmp_path):
     assert "Gradient norm" in text and "perplexity before" in text and "Stages" not in text
 
 
-def test_a_damaged_checkpoint_is_told_and_the_others_are_shown(run_dir):
+def test_damaged_checkpoints_are_told(run_dir):
     for step in ("5", "10"):
         (run_dir / "checkpoints" / step).mkdir(parents=True)
         (run_dir / "checkpoints" / step / "model.json").write_text("{}")
         (run_dir / "checkpoints" / step / "state.json").write_text("{")
-    assert len(re.findall("damaged: ", made(run_dir).text)) == 2
+    text = made(run_dir).text
+    assert all(f"damaged: {run_dir}/checkpoints/{step}/state.json" in text for step in ("5", "10"))
 
 
 @pytest.mark.parametrize("name", ["", "nothing"])

@@ -135,10 +135,11 @@ def test_a_tracker_that_cannot_be_opened_is_reported_and_stops_nothing(tmp_path,
 
 def test_a_tracker_that_hangs_holds_neither_the_steps_nor_the_end(tmp_path, wandb, monkeypatch, capsys):
     released = threading.Event()
-    wandb.init = lambda **options: released.wait(60)
+    init = wandb.init
+    wandb.init = lambda **options: released.wait(60) and init(**options)
     monkeypatch.setattr(trackers, "_MOST_WAITING", 2)
-    run = open_trackers(["wandb"], tmp_path, resumed_step=0, record=RECORD, patience=0.1)
-    log = MetricsLog(tmp_path, 0, trackers=run)
+    hanging = open_trackers(["wandb"], tmp_path, resumed_step=0, record=RECORD, patience=0.1)
+    log = MetricsLog(tmp_path, 0, trackers=hanging)
     for step in range(1, 6):
         log.write(step=step, stage="1", loss=0.5)
     log.close()

@@ -19,9 +19,10 @@ import pytest
 from flax import nnx
 
 import llama_jax
+from llama_jax.checkpoint.snapshot import Snapshot
 from llama_jax.model import Llama
 from tests.tiny import TINY
-from train import checkpoints, evaluation, loop
+from train import evaluation, loop
 from train.checkpoints import read_progress, saved_steps
 from train.config import find_config, read_config
 from train.data import Batch
@@ -165,9 +166,11 @@ def test_two_stages_extend_the_context_and_a_checkpoint_generates(workdir, capsy
     assert first[-1] < math.log(540) - 0.5  # it has learned something, from whatever start this jax draws
     run("2")
     assert saved_steps(Path("runs/tiny")) == [8, 11, 12]
-    report = json.loads(Path("runs/tiny/extension.json").read_text())
-    assert [row["positions"] for row in report] == [[0, 16], [0, 16], [16, 32], [32, 64], [64, 128], [128, 256]]
-    assert all(row["perplexity_after"] < row["perplexity_before"] for row in report)
+    first, second = json.loads(Path("runs/tiny/gates.json").read_text())
+    assert (first["seq_len"], second["seq_len"], first["passed"], second["needles"]) == (64, 256, True, [])
+    rows = first["perplexity"]
+    assert [row["positions"] for row in rows] == [[0, 16], [16, 32], [32, 64]]
+    assert all(row["perplexity_after"] < row["perplexity_before"] for row in rows)
     assert Path("runs/tiny/loss.png").read_bytes().startswith(b"\x89PNG")
     assert "perplexity before" in capsys.readouterr().err
     with llama_jax.use_mesh("data=1"):
@@ -235,35 +238,16 @@ def test_ctrl_c_in_the_last_evaluation_leaves_a_stage_that_the_next_command_ends
     assert read_progress(Path("runs/tiny"), 8).stage_done
 
 
-def test_weights_and_moments_are_copied_one_after_the_other(workdir, monkeypatch):
-    save_arrays, saved = checkpoints.save_arrays, []
-
-    def record(directory, arrays):
-        saved.append((directory.name, sum(array.nbytes for array in arrays.values())))
-        save_arrays(directory, arrays)
-
-    monkeypatch.setattr(checkpoints, "save_arrays", record)
-    run("1", "--set", "run.save_every=8")
-    num_bytes = 4 * read_config("tiny.toml").model.num_params()
-    assert saved == [("params", num_bytes), ("mu", num_bytes), ("nu", num_bytes)]
-
-
-def test_moments_that_were_saved_in_one_directory_are_read(tmp_path):
-    arrays = {f"{name}.a": jnp.full(3, i) for i, name in enumerate(("mu", "nu"))}
-    checkpoints.save_arrays(tmp_path / "optimizer", arrays)
-    assert [checkpoints._moment(tmp_path, name).read("a").tolist() for name in ("mu", "nu")] == [[0] * 3, [1] * 3]
-
-
 def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(workdir, monkeypatch):
-    save_arrays, calls = checkpoints.save_arrays, []
+    write, calls = Snapshot.write, []
 
-    def fail_on_second_step(directory, arrays):
+    def fail_on_second_step(snapshot, directory, *parts):
         calls.append(directory)
         if len(calls) > 4:
             raise OSError(28, "No space left on device")
-        save_arrays(directory, arrays)
+        write(snapshot, directory, *parts)
 
-    monkeypatch.setattr(checkpoints, "save_arrays", fail_on_second_step)
+    monkeypatch.setattr(Snapshot, "write", fail_on_second_step)
     with pytest.raises(OSError, match="No space left"):
         run("1")
     assert saved_steps(Path("runs/tiny")) == [3]

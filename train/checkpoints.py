@@ -24,15 +24,15 @@ import optax
 from flax import nnx
 
 from llama_jax.checkpoint.formats import AVERAGE, MODEL_FILE, open_checkpoint, write_model_file
-from llama_jax.checkpoint.layout import ModelSource, check_tensors, read_model
-from llama_jax.checkpoint.orbax import OrbaxSource, finish_tree, write_orbax
+from llama_jax.checkpoint.layout import check_tensors, read_model
+from llama_jax.checkpoint.orbax import OrbaxSource, finish_tree
 from llama_jax.checkpoint.snapshot import Part, Snapshot
-from llama_jax.checkpoint.source import Source, TensorSpec
+from llama_jax.checkpoint.source import Source
 from llama_jax.checkpoint.together import together, write_together
 from llama_jax.config import LlamaConfig
 from llama_jax.entry import say
 from llama_jax.model import Llama
-from llama_jax.paths import remove_directory, staged_directory, staged_file
+from llama_jax.paths import remove_directory, staged_file
 from train.optimizer import Optimizer, TrainState
 
 STATE_FILE = "state.json"
@@ -237,38 +237,6 @@ def _checksum(values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
-def save_step(run_dir: Path, cfg: LlamaConfig, state: TrainState, progress: Progress) -> Path:
-    """Write a checkpoint of this step; if it is there, where the run stands alone.
-
-    Raises OSError, with earlier ones untouched, if that fails.
-    """
-    if jax.process_count() > 1:
-        raise ValueError("training over several processes is not built yet; start one process")
-    path = run_dir / "checkpoints" / str(progress.step)
-    if progress.step in saved_steps(run_dir):
-        write_progress(run_dir, progress)
-        return path
-    remove_directory(path)
-    with staged_directory(path) as staged:
-        save_arrays(staged / "params", _arrays(state.params))
-        for name in MOMENTS:  # one after the other, because each is copied on its way
-            save_arrays(staged / name, _arrays(optax.tree.get(state.opt_state, name)))
-        (staged / STATE_FILE).write_text(_as_json(progress))
-        write_model_file(staged, cfg, {})
-    return path
-
-
-def save_arrays(directory: Path, arrays: Mapping[str, jax.Array]) -> None:
-    """Write arrays of one process."""
-    specs = {name: TensorSpec(array.shape, np.dtype(array.dtype)) for name, array in arrays.items()}
-    write_orbax(directory, specs, ((name, np.asarray(array)) for name, array in arrays.items()))
-
-
-def _arrays(model: Llama) -> dict[str, jax.Array]:
-    source = ModelSource(model)
-    return {name: source.array(name) for name in source.tensors}
-
-
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what processes that were killed while they saved have left on a local disk."""
     for path in (run_dir / "checkpoints").glob(".[0-9]*.partial-*"):
@@ -330,7 +298,7 @@ def resumed_state(run_dir: Path, step: int, cfg: LlamaConfig, optimizer: Optimiz
     moments = {}
     for name in MOMENTS:
         dtype = jax.tree.leaves(optax.tree.get(opt_state, name))[0].dtype
-        moments[name] = read_model(cfg, _moment(directory, name), dtype=dtype)
+        moments[name] = read_model(cfg, OrbaxSource(directory / name), dtype=dtype)
     opt_state = optax.tree.set(opt_state, count=read_progress(run_dir, step).phase_step, **moments)
 
     def filled(x) -> jax.Array:
@@ -338,9 +306,3 @@ def resumed_state(run_dir: Path, step: int, cfg: LlamaConfig, optimizer: Optimiz
         return x if isinstance(x, jax.Array) else jnp.array(x if isinstance(x, int) else 0, jnp.int32)
 
     return TrainState(params, jax.tree.map(filled, opt_state))
-
-
-def _moment(directory: Path, name: str) -> OrbaxSource:
-    """One of the moments of a saved step; earlier checkpoints hold both in optimizer/."""
-    own = directory / name
-    return OrbaxSource(own) if own.is_dir() else OrbaxSource(directory / "optimizer", f"{name}.")

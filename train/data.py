@@ -15,12 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from train.config import LengthWeight
-from train.shards import FORMAT_VERSION as FORMAT_VERSION  # transitional, as the next three
-from train.shards import SHARD_TOKENS as SHARD_TOKENS
-from train.shards import SPLITS as SPLITS
 from train.shards import Shard, TokenDataset
-from train.shards import open_sources as open_sources
-from train.shards import read_metadata as read_metadata
 
 # The most documents that are shuffled together; their order and offsets take 0.8 GB.
 GROUP_DOCUMENTS = 2**25
@@ -242,48 +237,6 @@ class PackedRows:
             missing = num_tokens - np.dot(copies, lengths)
             copies[drawn[: np.searchsorted(np.cumsum(lengths[drawn]), missing) + (missing > 0)]] += 1
         return copies
-
-
-class Batches:
-    """An endless iterator over batches of rows, or over one process's share of each.
-
-    Process p of n takes the p-th of n equal slices of every batch, so the shares in process order
-    are the global batch, whatever n is.
-    """
-
-    def __init__(
-        self,
-        rows: PackedRows,
-        batch_size: int,
-        *,
-        start_row: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        """batch_size counts the rows of the global batch; start_row is the `state()` to go on from.
-
-        Raises ValueError if the processes do not divide the batch.
-        """
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(f"batch_size={batch_size} is not a positive multiple of process_count={process_count}")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index} is not below process_count={process_count}")
-        self._rows, self._batch_size, self._next_row = rows, batch_size, start_row
-        self._share = batch_size // process_count
-        self._skip = process_index * self._share
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> Batch:
-        """The next batch, its arrays [batch_size / process_count, T]."""
-        first = self._next_row + self._skip
-        self._next_row += self._batch_size
-        return stack([self._rows.row(index) for index in range(first, first + self._share)])
-
-    def state(self) -> int:
-        """The first row of the next batch: `start_row` of an iterator that goes on from here."""
-        return self._next_row
 
 
 def heldout_rows(dataset: TokenDataset, seq_len: int, *, count: int, min_document_tokens: int = 0) -> Batch:

@@ -16,9 +16,10 @@ from jax.typing import DTypeLike
 
 from llama_jax.mesh import ShardingRules
 from llama_jax.model import Llama
-from train.data import Batch, TokenDataset, heldout_by_source, heldout_rows
+from train.data import Batch, heldout_by_source, heldout_rows
 from train.device import put_batch
 from train.loss import sequence_chunks, token_losses
+from train.shards import TokenDataset
 
 # Tokens whose logits a device makes at a time: at a vocabulary of 128,256 they are 1 GiB.
 _TOKENS = 2048
@@ -87,17 +88,6 @@ def position_ranges(short: int, long: int) -> list[tuple[int, int]]:
     while ends[-1] < long:
         ends.append(min(2 * ends[-1], long))
     return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
-def extension_report(before: dict[str, np.ndarray], after: dict[str, np.ndarray], short: int) -> list[dict]:
-    """Perplexity before and after a context extension, overall and by range of positions.
-
-    before and after hold losses by position of the documents at the "short" and the "long" context.
-    """
-    ranges = position_ranges(short, len(before["long"]))
-    return perplexity_rows(before["short"], after["short"], [(0, short)]) + perplexity_rows(
-        before["long"], after["long"], ranges
-    )
 
 
 def perplexity_rows(before: Sequence[float], after: Sequence[float], ranges: Sequence[tuple[int, int]]) -> list[dict]:

@@ -22,8 +22,7 @@ from train import gate
 from train.checkpoints import Progress
 from train.config import TrainConfig
 from train.gate import Reading
-from train.inputs import all_documents
-from train.shards import TokenDataset
+from train.shards import TokenDataset, all_documents
 
 GATES_FILE = "gates.json"
 

@@ -18,9 +18,9 @@ from llama_jax.model import Llama
 from llama_jax.paths import staged_file
 from llama_jax.tokenizer import Tokenizer
 from train.config import GateConfig
-from train.data import TokenDataset
 from train.evaluation import format_report, losses_by_position, perplexity_rows, position_ranges
 from train.recall import found_needles
+from train.shards import TokenDataset
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,14 @@ def draw(path: Path, reports: Sequence[Mapping[str, Any]]) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     cells = {(cell["depth"], cell["length"]): cell for found in reports for cell in found["needles"]}
-    depths, lengths = (sorted({place[i] for place in cells}) for i in (0, 1))
+    depths, lengths = (sorted({place[i] for place in cells}) or [0] for i in (0, 1))
     shares = np.full((len(depths), len(lengths)), np.nan)
     for (depth, length), cell in cells.items():
         row, column = depths.index(depth), lengths.index(length)
         shares[row, column] = cell["found"] / cell["asked"]
         left.text(column, row, f"{cell['found']}/{cell['asked']}", ha="center", va="center")
-    left.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    if cells:
+        left.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     left.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     left.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     left.set(xlabel="context in tokens", ylabel="depth of the needle", title="needles found")

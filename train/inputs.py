@@ -14,7 +14,7 @@ from train.data import PackedRows, Rows, share_past_half, stack
 from train.device import local_rows
 from train.mixture import RECALL, mixture_shares
 from train.recall import RecallRows
-from train.shards import TokenDataset, open_sources
+from train.shards import TokenDataset, all_documents, open_sources
 from train.stream import Stream
 
 # Rows of each source that are read to tell how far back tokens can look.
@@ -98,11 +98,6 @@ class Inputs:
             f"{_past_half(rows, now):.1%} of the tokens have more than half of the window behind them"
         )
         return Stream(rows, shares, num_rows, state=progress.rows, mine=mine), mine
-
-
-def all_documents(sources: Mapping[str, TokenDataset]) -> TokenDataset:
-    """The documents of several sources as one."""
-    return TokenDataset([shard for source in sources.values() for shard in source.shards])
 
 
 def _longest(source: TokenDataset) -> int:

@@ -72,11 +72,9 @@ def prepare(
         raise ValueError("a given tokenizer has its own vocabulary; leave out vocab_size or the tokenizer")
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout={holdout} is not a fraction from 0 to below 1")
-    given = {}
+    given, vocab_size = {}, vocab_size or DEFAULT_VOCAB_SIZE
     if tokenizer is not None:
         given, vocab_size = _tokenizer_files(as_path(tokenizer)), load_tokenizer(tokenizer).vocab_size
-    elif vocab_size is None:
-        vocab_size = DEFAULT_VOCAB_SIZE
     parts = find_parts(sources, text_field)
     inputs: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -185,7 +183,7 @@ def _write(out: Path, encoder: Encoder, inputs: dict[str, Any], parts: Sequence[
     with staged_directory(out) as staged:
         for file in as_path(encoder.tokenizer).iterdir():
             (staged / file.name).write_bytes(file.read_bytes())
-        metadata = inputs | {"python_version": platform.python_version(), "dtype": encoder.dtype}
+        metadata: dict[str, Any] = inputs | {"python_version": platform.python_version(), "dtype": encoder.dtype}
         metadata |= _write_sources(staged, encoder, parts, inputs["holdout"])
         num_training, num_heldout = (
             sum(source[split]["documents"] for source in metadata["sources"].values()) for split in SPLITS

@@ -21,9 +21,10 @@ from jax.typing import DTypeLike
 
 from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer
-from train.data import Batch, TokenDataset, pack, stack
+from train.data import Batch, pack, stack
 from train.device import put_batch
 from train.evaluation import equal_batches
+from train.shards import TokenDataset
 
 SHARE = 0.5  # of a row's tokens are statements
 

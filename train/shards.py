@@ -154,23 +154,11 @@ class Shard:
 class TokenDataset:
     """The documents of a source in one split, in stored order, each from <|begin_of_text|> to <|end_of_text|>."""
 
-    def __init__(self, shards: Sequence[Shard] | str | Path, split: str = "", *, vocab_size: int | None = None):
+    def __init__(self, shards: Sequence[Shard]):
         """The documents of these shards."""
-        if isinstance(shards, str | Path):  # transitional: every source of a directory's split as one
-            shards = _every_shard(shards, split, vocab_size)
         self.shards = tuple(shards)
         self.num_documents = sum(shard.num_documents for shard in self.shards)
         self.num_tokens = sum(shard.num_tokens for shard in self.shards)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Transitional: the tokens of all shards."""
-        return np.concatenate([shard.tokens for shard in self.shards])
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """Transitional: where the documents start in `tokens`."""
-        return np.concatenate([[0], np.cumsum(self.lengths)])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -236,7 +224,6 @@ def _check_at_once(shards: Sequence[Shard]) -> None:
             list(pool.map(Shard.check, shards))
 
 
-def _every_shard(directory: str | Path, split: str, vocab_size: int | None) -> list[Shard]:
-    """Transitional: what TokenDataset(directory, split) reads."""
-    sources = open_sources(directory, split, vocab_size=vocab_size)
-    return [shard for source in sources.values() for shard in source.shards]
+def all_documents(sources: Mapping[str, TokenDataset]) -> TokenDataset:
+    """The documents of several sources as one."""
+    return TokenDataset([shard for source in sources.values() for shard in source.shards])

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -80,12 +81,15 @@ def find_parts(sources: Sequence[str | os.PathLike], field: str = "text") -> lis
     """
     if not sources:
         return [Part(_PYTHON, (Extent(_PYTHON, 0, platform.python_version()),), field)]
-    parts = []
-    for source in sources:
-        name, path = _name_and_path(os.fspath(source))
+    named = []
+    for name, path in (_name_and_path(os.fspath(source)) for source in sources):
         extents = _hub_shards(path) if path.startswith(_HUB) else _file_extents(path)
-        parts += [Part(name, together, field) for together in _grouped(extents)]
-    return parts
+        named += [(name, extent) for extent in extents]
+    return [
+        Part(name, together, field)
+        for name, neighbours in itertools.groupby(named, key=lambda pair: pair[0])
+        for together in _grouped(extent for _, extent in neighbours)
+    ]
 
 
 def _name_and_path(source: str) -> tuple[str, str]:
@@ -107,7 +111,7 @@ def _file_extents(path: str) -> Iterator[Extent]:
     if not found and re.search(r"[*?[]", path):
         for match in sorted(filesystem.glob(where)):
             found |= filesystem.find(match, detail=True)
-    shown = {name: info for name, info in found.items() if len(found) == 1 or not _is_hidden(name, where)}
+    shown = {name: info for name, info in found.items() if not _is_hidden(name, where)}
     if not shown:
         raise FileNotFoundError(f"{path}: no such file; expected a file, a folder that holds some, or a glob of some")
     for name, info in sorted(shown.items()):

@@ -11,7 +11,9 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,7 @@ def open_trackers(
                 f"tracker {name} needs {module}, which is not installed: python -m pip install {extra}, "
                 f"or leave {name} out of run.trackers"
             )
-    return [_Threaded(name, _opening(name, run_dir, resumed_step, record), patience) for name in names]
-
-
-def _opening(name: str, run_dir: Path, resumed_step: int, record: Mapping[str, Any]) -> Callable[[], Tracker]:
-    return lambda: _TRACKERS[name](run_dir, resumed_step, record)
+    return [_Threaded(name, partial(_TRACKERS[name], run_dir, resumed_step, record), patience) for name in names]
 
 
 class _Threaded:
@@ -96,16 +94,14 @@ class _TensorBoard:
         del record
         self._remote = run_dir / "tensorboard" if is_remote(run_dir) else None
         self._folder = Path(tempfile.mkdtemp()) if self._remote else run_dir / "tensorboard"
-        self._num_files = 0
         self._open(resumed_step)
 
     def _open(self, step: int) -> None:
         from tensorboardX import SummaryWriter
 
         make_directory(self._folder)
-        suffix = f".{os.getpid()}.{self._num_files}"  # names have seconds of time alone
+        suffix = f".{time.time_ns()}"  # files are read in the order of their names, which have whole seconds
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1, filename_suffix=suffix)
-        self._num_files += 1
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
