@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "chat": ("infer.generate", ["--chat"], "talk with a model: generate --chat"),
     "pretrain": ("train.pretrain", [], "train a model, stage by stage"),
     "prepare": ("train.prepare", [], "turn text into the tokens that pretrain reads"),
+    "report": ("train.report", [], "show a run as one HTML page"),
     "convert": ("llama_jax.convert", [], "write a checkpoint in another format"),
 }
 

@@ -149,6 +149,15 @@ def test_a_collective_has_its_kind_its_first_group_and_the_whole_arrays_bytes(li
     assert program.collectives == {collective: size}
 
 
+def test_a_part_of_the_queries_counts_half_of_all_keys_too_where_the_kernel_is_causal():
+    text = module(
+        "%q = bf16[8,64,128]{2,1,0} parameter(0)",
+        "%k = bf16[2,256,128]{2,1,0} parameter(1)",
+        '%splash_mha_fwd_residuals = f32[8]{0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"',
+    )
+    assert read_program(text).kernel_flops == 2 * 2 * 8 * 64 * 256 * 128 / 2
+
+
 def test_what_a_slice_sends_to_the_others_is_a_collective_across_them():
     attributes = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"'
     text = module(

@@ -2,8 +2,8 @@
 
 A length counts as learned when the short context is as good as before, needles are found at the new length, and the
 loss at the positions that are new has fallen (The Llama 3 Herd of Models, arXiv 2407.21783, section 3.4.2). The
-invariant: a verdict follows from two readings and the gate's settings alone, so what was read
-before may come from a file.
+invariant: a verdict follows from two readings and the gate's settings alone, so what was read before may come from
+a file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,12 +88,13 @@ def verdict(before: Reading, after: Reading, gate: GateConfig, old_len: int, new
         share = after.share_found(length)
         if share < gate.needles:
             reasons.append(f"{share:.0%} of the needles at {length:,} tokens are found; {gate.needles:.0%} must be")
-    was, now = (float(np.mean(reading.losses[old_len:new_len])) for reading in (before, after))
-    if old_len < new_len and not now < was:
-        reasons.append(
-            f"the loss at positions {old_len:,} to {new_len - 1:,} is {now:.4f}, not below the {was:.4f} that "
-            "the phase began with"
-        )
+    if old_len < new_len:
+        was, now = (float(np.mean(reading.losses[old_len:new_len])) for reading in (before, after))
+        if not now < was:
+            reasons.append(
+                f"the loss at positions {old_len:,} to {new_len - 1:,} is {now:.4f}, not below the {was:.4f} that "
+                "the phase began with"
+            )
     return reasons
 
 

@@ -72,7 +72,7 @@ def prepare(
         raise ValueError("a given tokenizer has its own vocabulary; leave out vocab_size or the tokenizer")
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout={holdout} is not a fraction from 0 to below 1")
-    given, vocab_size = {}, vocab_size or DEFAULT_VOCAB_SIZE
+    given, vocab_size = {}, DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
     if tokenizer is not None:
         given, vocab_size = _tokenizer_files(as_path(tokenizer)), load_tokenizer(tokenizer).vocab_size
     parts = find_parts(sources, text_field)

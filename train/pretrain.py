@@ -1,12 +1,15 @@
 """Pretraining in stages: `python -m train.pretrain --stage 1`, then `--stage 2`.
 
 Without --config the demo: text that is on every machine with Python, prepared on the first run.
-Both stages live in one run directory; a stage that was stopped goes on where it stood.
+All stages live in one run directory; a stage that was stopped goes on where it stood. Every process of a run
+of several starts the same command. Statuses: 75 after SIGTERM, 76 of a run that hung, 77 of one that lost a
+process; a restart goes on from the newest checkpoint.
 """
 
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -208,16 +211,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run-dir", metavar="D", help="default: runs/<config>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. run.seed=1")
     parser.add_argument("--plan", metavar="SLICE", help="compile for a slice, e.g. v4:4x4x8, report and stop")
-    parser.add_argument("--json", action="store_true", help="with --plan: one JSON object a phase")
+    parser.add_argument("--plan-seconds", type=float, metavar="N", help="with --plan: look so long for the best mesh")
+    parser.add_argument("--hlo", metavar="F", help="with --plan: write the compiled program's text")
+    parser.add_argument("--check", action="store_true", help="try out hosts, devices, disk and data, report and stop")
+    parser.add_argument("--json", action="store_true", help="with --plan or --check: as JSON")
     args = parser.parse_args(argv)
-    if args.json and not args.plan:
-        parser.error("--json is what --plan prints; give both")
+    if args.json and not (args.plan or args.check):
+        parser.error("--json is what --plan and --check print; give one of them")
+    if (args.hlo or args.plan_seconds) and not args.plan:
+        parser.error("--hlo and --plan-seconds belong to --plan; give it, too")
     config = read_config(args.config, parse_settings(args.set))
     if args.plan:
         from train.plan import print_plan
 
-        return print_plan(config, args.stage, args.plan, as_json=args.json)
+        return print_plan(
+            config,
+            args.stage,
+            args.plan,
+            as_json=args.json,
+            search_seconds=args.plan_seconds or 0.0,
+            hlo=Path(args.hlo) if args.hlo else None,
+        )
     run_dir = as_path(args.run_dir) if args.run_dir else Path(f"runs/{config.name}")
+    if args.check:
+        from train.check import check
+
+        if not check(config, args.stage, run_dir, as_json=args.json):
+            sys.exit(1)
+        return
     pretrain(config, args.stage, run_dir, args.init)
 
 

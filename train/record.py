@@ -55,7 +55,7 @@ def check_record(run_dir: Path, config: TrainConfig, stage: str, corpus_hash: st
         _compare(run_dir, part, before[part], now[part])
     if stage in before["stage"]:
         _compare(run_dir, f"stage.{stage}", before["stage"][stage], now["stage"][stage])
-    return before | {"stage": now["stage"] | before["stage"]}
+    return before | {"stage": before["stage"] | now["stage"]}
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
