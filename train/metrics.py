@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from llama_jax.paths import is_remote, staged_file
-from llama_jax.slices import CHIPS
 
 METRICS_FILE = "metrics.jsonl"
 
-# FLOP/s in dense bfloat16 by a part of jax's device_kind, the longer names first; GPUs from NVIDIA's data sheets.
+# FLOP/s in dense bfloat16 by a part of jax's device_kind, the longer names first; GPUs from NVIDIA's data sheets, TPUs
+# by their name in llama_jax.slices.
 _PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -27,11 +27,11 @@ _PEAK_FLOPS = {
     "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
-    "TPU v6": CHIPS["v6e"].flops,
-    "TPU v5 lite": CHIPS["v5e"].flops,
-    "TPU v5e": CHIPS["v5e"].flops,
-    "TPU v5": CHIPS["v5p"].flops,
-    "TPU v4": CHIPS["v4"].flops,
+    "TPU v6": "v6e",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v4": "v4",
 }
 
 
@@ -179,7 +179,10 @@ class MetricsLog:
 
 def peak_flops(devices: Iterable[Any]) -> float:
     """FLOP/s in dense bfloat16 that these devices can do together, 0.0 if that is not known of all."""
-    peaks = [next((f for part, f in _PEAK_FLOPS.items() if part in d.device_kind), 0.0) for d in devices]
+    from llama_jax.slices import CHIPS  # with jax, which `train.report --help` need not wait for
+
+    known = [next((peak for part, peak in _PEAK_FLOPS.items() if part in d.device_kind), 0.0) for d in devices]
+    peaks = [CHIPS[peak].flops if isinstance(peak, str) else peak for peak in known]
     return sum(peaks) if all(peaks) else 0.0
 
 
