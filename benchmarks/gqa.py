@@ -24,11 +24,11 @@ from llama_jax.entry import run_entry
 from llama_jax.model import Llama
 from llama_jax.paths import staged_file
 from train.config import TrainConfig, read_config
-from train.data import PackedRows, stack
+from train.data.packing import PackedRows, stack
+from train.data.shards import TokenDataset, all_documents, open_sources
 from train.device import put_batch
 from train.evaluation import row_losses
 from train.pretrain import pretrain
-from train.shards import TokenDataset, all_documents, open_sources
 
 # GQA-2 has 2 KV heads. MHA-narrow has exactly GQA-2's parameters: its MLP pays for the KV heads.
 VARIANTS: dict[str, dict[str, int]] = {

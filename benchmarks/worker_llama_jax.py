@@ -15,7 +15,7 @@ from benchmarks.worker import answer_requests
 from infer.engine import Engine
 from infer.sampling import SamplingParams
 from llama_jax.model import Llama
-from train.data import Batch
+from train.data.packing import Batch
 from train.device import put_batch
 from train.optimizer import TrainState, make_optimizer, train_step
 

@@ -1,4 +1,4 @@
-"""Prepared data of known tokens, written as train.prepare lays them out (see train/data.py)."""
+"""Prepared data of known tokens, written as train.prepare lays them out (see train/data/packing.py)."""
 
 import json
 import zlib
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.shards import FORMAT_VERSION, SHARD_TOKENS, SPLITS
+from train.data.shards import FORMAT_VERSION, SHARD_TOKENS, SPLITS
 
 Documents = Sequence[Sequence[int]]
 

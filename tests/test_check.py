@@ -15,10 +15,10 @@ import pytest
 import llama_jax
 from tests.prepared import write_prepared
 from tests.processes import ROOT, free_address
-from train import check as check_module
-from train.check import Finding, _compared, _same, check
 from train.config import read_config
-from train.speeds import link_speeds, matrix_speeds, slow_devices
+from train.preflight import check as check_module
+from train.preflight.check import Finding, _compared, _same, check
+from train.preflight.speeds import link_speeds, matrix_speeds, slow_devices
 
 CONFIG = """
 [model]
@@ -177,7 +177,7 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 from llama_jax.entry import run_entry
-from train.check import check
+from train.preflight.check import check
 from train.config import read_config
 run_entry(lambda: sys.exit(not check(read_config("tiny.toml"), "1", Path("run").absolute())))
 """

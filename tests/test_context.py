@@ -18,7 +18,7 @@ from llama_jax.kernels.two_ended import places, plain, plain_split, two_ended
 from llama_jax.mesh import use_mesh
 from llama_jax.model import Llama
 from tests.tiny import TINY
-from train.data import Batch
+from train.data.packing import Batch
 from train.device import put_batch
 from train.loss import loss_sum, token_losses
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.prepared import write_prepared
-from train import data
 from train.config import LengthWeight
-from train.data import PackedRows, heldout_by_source, heldout_rows, pack, share_past_half, stack
-from train.shards import open_sources
+from train.data import packing as data
+from train.data.packing import PackedRows, heldout_by_source, heldout_rows, pack, share_past_half, stack
+from train.data.shards import open_sources
 
 
 def open_documents(directory, documents, *, split="train", vocab_size=1000, **options):

@@ -14,9 +14,9 @@ from typing import cast
 import pytest
 
 from tests.processes import ROOT, free_address
-from train.faults import EXIT_PREEMPTED, Interruption
-from train.peers import EXIT_PEER_LOST, Peers, slow_processes
-from train.watchdog import EXIT_HUNG, Watchdog
+from train.faults.interruption import EXIT_PREEMPTED, Interruption
+from train.faults.peers import EXIT_PEER_LOST, Peers, slow_processes
+from train.faults.watchdog import EXIT_HUNG, Watchdog
 
 # Steps of one collective each, sent ahead of the devices as a run does.
 STEPS = """
@@ -29,9 +29,9 @@ def main():
     devices = open_devices()
     import jax, jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from train.faults import Interruption
-    from train.peers import Peers
-    from train.watchdog import Watchdog
+    from train.faults.interruption import Interruption
+    from train.faults.peers import Peers
+    from train.faults.watchdog import Watchdog
     sharding = NamedSharding(jax.make_mesh((len(devices),), ("data",)), P("data"))
     step = jax.jit(lambda x: x / x.sum() + 1, out_shardings=sharding)
     x = jax.make_array_from_callback((len(devices),), sharding, lambda index: jnp.ones(1))

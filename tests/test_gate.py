@@ -18,9 +18,9 @@ from tests.processes import free_address, outputs, start_python
 from tests.tiny import TINY
 from train import gate
 from train.config import GateConfig
+from train.data.shards import open_sources
 from train.evaluation import losses_by_source
 from train.gate import Reading, verdict
-from train.shards import open_sources
 
 SMALL = dataclasses.replace(TINY, num_layers=2)
 GATE = GateConfig(short_tolerance=0.01, needles=0.9, num_keys=1, num_depths=2)

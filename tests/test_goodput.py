@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from train import goodput as module
-from train.goodput import EventLog, goodput, read_events
-from train.metrics import MetricsLog
+from train.watching import goodput as module
+from train.watching.goodput import EventLog, goodput, read_events
+from train.watching.metrics import MetricsLog
 
 
 @pytest.fixture

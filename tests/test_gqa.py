@@ -14,8 +14,8 @@ from benchmarks.gqa import VARIANTS, heldout_loss, result_row, table_row, traine
 from llama_jax.model import Llama
 from tests.prepared import write_prepared
 from tests.tiny import TINY
-from train.data import PackedRows
-from train.shards import open_sources
+from train.data.packing import PackedRows
+from train.data.shards import open_sources
 
 
 def test_variants_at_equal_width_differ_by_their_kv_heads_alone():

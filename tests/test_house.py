@@ -124,7 +124,7 @@ def test_no_imports_form_a_circle():
     ("module", "line", "complaint"),
     [
         ("llama_jax.rope", "from llama_jax.model import Llama", "higher floor"),
-        ("llama_jax.model", "import train.data", "higher floor"),
+        ("llama_jax.model", "import train.loss", "higher floor"),
         ("llama_jax.config", "import llama_jax", "higher floor"),
         ("train.loop", "def f():\n    from infer.engine import Engine", "each other"),
         ("infer.engine", "import transformers.models", "belongs to tests"),
@@ -264,7 +264,7 @@ def test_documents_mention_files_and_commands_that_exist():
 
 
 def test_what_a_document_mentions_wrongly_is_seen():
-    text = "`train/nothing.py` `nothing.md` `python -m infer.nothing` [x](nothing/y) `train/data.py` `config.json`"
+    text = "`train/nothing.py` `nothing.md` `python -m infer.nothing` [x](nothing/y) `train/loop.py` `config.json`"
     assert list(missing(text, ROOT)) == ["train/nothing.py", "nothing.md", "python -m infer.nothing", "nothing/y"]
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from train import metrics
-from train.metrics import MetricsLog, clock, peak_flops, plot_loss, progress_line, read_lines, read_metrics
+from train.watching import metrics
+from train.watching.metrics import MetricsLog, clock, peak_flops, plot_loss, progress_line, read_lines, read_metrics
 
 LINE = {
     "stage": "1",

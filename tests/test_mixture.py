@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from train.mixture import Mixture, mixture_shares
+from train.data.mixture import Mixture, mixture_shares
 
 TOKENS = {"general": 600, "code": 200, "multilingual/de": 150, "multilingual/fr": 50}
 

@@ -23,7 +23,6 @@ from train.checkpoints import read_progress, saved_steps
 from train.config import OptimizerConfig, PhaseConfig, StageConfig
 from train.device import put_batch
 from train.loss import loss_sum
-from train.metrics import read_metrics
 from train.muon import STEP_RMS, orthogonalized
 from train.optimizer import (
     TrainState,
@@ -33,6 +32,7 @@ from train.optimizer import (
     num_micro_batches,
     train_step,
 )
+from train.watching.metrics import read_metrics
 
 CFG = dataclasses.replace(TINY, vocab_size=131, num_layers=2)
 STAGE = StageConfig((PhaseConfig(16, 16 * 128),), 128, learning_rate=1e-2, final_learning_rate=1e-2)

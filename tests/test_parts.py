@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from llama_jax.entry import run_entry
-from train import parts, prepare, shard_writer, sources
-from train.corpus import is_held_out, text_hash
-from train.tokenizer_training import train_tokenizer
+from train import prepare
+from train.preparation import parts, shard_writer, sources
+from train.preparation.corpus import is_held_out, text_hash
+from train.preparation.tokenizer_training import train_tokenizer
 
 WORDS = "the a lamp llama reads writes over under seven tokens in of quick brown old rows".split()
 PART_BYTES = 20_000
@@ -68,7 +69,8 @@ def test_a_stopped_run_leaves_no_process_and_the_same_command_goes_on_to_the_sam
     text, expected, tmp_path, capsys, ending
 ):
     script = (
-        "import sys; from llama_jax.entry import run_entry; from train import prepare, sources\n"
+        "import sys; from llama_jax.entry import run_entry; from train import prepare; "
+        "from train.preparation import sources\n"
         f"sources.PART_BYTES = {PART_BYTES}; run_entry(lambda: prepare.main(sys.argv[1:]))"
     )
     arguments = [f"{text}/lines.jsonl", f"--tokenizer={text}", f"--out={tmp_path / 'out'}", "--workers=2"]

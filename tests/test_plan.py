@@ -25,7 +25,7 @@ from llama_jax.slices import CHIPS, parse_slice
 from tests.tiny import TINY
 from train.checkpoints import initial_state
 from train.config import DataConfig, PhaseConfig, RunConfig, StageConfig, TrainConfig
-from train.data import Batch
+from train.data.packing import Batch
 from train.device import put_batch
 from train.loop import jit_step
 from train.optimizer import make_optimizer

@@ -15,12 +15,13 @@ import pytest
 from llama_jax.chat import encode_chat
 from llama_jax.entry import run_entry
 from llama_jax.tokenizer import load_tokenizer
-from train import corpus, parts, prepare, shard_writer
-from train import sources as train_sources
-from train.dedup import Filters
-from train.shards import open_sources
-from train.sources import find_parts, read_part
-from train.tokenizer_training import train_tokenizer
+from train import prepare
+from train.data.shards import open_sources
+from train.preparation import corpus, parts, shard_writer
+from train.preparation import sources as train_sources
+from train.preparation.dedup import Filters
+from train.preparation.sources import find_parts, read_part
+from train.preparation.tokenizer_training import train_tokenizer
 
 WORDS = "the a lamp llama reads writes over under seven tokens in of quick brown old rows".split()
 
@@ -187,7 +188,7 @@ def test_shards_are_full_and_hold_whole_documents_in_order(sources, prepared, tm
     train = dataset(tmp_path / "out", "train")
     sizes = [entry["tokens"] for entry in metadata["sources"]["text"]["train"]["shards"]]
     assert len(sizes) > 10 and max(sizes) > 100
-    for size, shard, following in zip(sizes, train.shards, train.shards[1:], strict=False):
+    for size, shard, following in zip(sizes, train.data.shards, train.data.shards[1:], strict=False):
         assert size <= 100 or shard.num_documents == 1
         assert size + following.lengths()[0] > 100
     assert texts_of(tmp_path / "out", "train") == texts_of(prepared, "train")

@@ -15,11 +15,11 @@ from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer
 from tests.prepared import write_prepared
 from tests.tiny import TINY
-from train import recall
-from train.data import Batch
+from train.data import recall
+from train.data.packing import Batch
+from train.data.recall import RecallRows, answer_hits, found_needles, needle_rows
+from train.data.shards import open_sources
 from train.device import put_batch
-from train.recall import RecallRows, answer_hits, found_needles, needle_rows
-from train.shards import open_sources
 
 BEGIN, END = 256, 257
 LENGTH = 1024

@@ -25,10 +25,10 @@ from llama_jax.model import Llama
 from tests.tiny import TINY
 from train import checkpoints
 from train.checkpoints import saved_steps
-from train.metrics import read_metrics
+from train.data.shards import open_sources
 from train.prepare import prepare
 from train.pretrain import main as pretrain
-from train.shards import open_sources
+from train.watching.metrics import read_metrics
 
 moto = pytest.importorskip("moto.server", reason="the emulator of s3 (moto) is not installed")
 gcp = pytest.importorskip("gcp_storage_emulator.server", reason="the emulator of gs is not installed")

@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 import pytest
 
 from tests.tiny import TINY
-from train import charts
-from train.charts import Axis, Series, heat_map, line_chart, number, share_bar
-from train.goodput import EventLog
-from train.metrics import MetricsLog
 from train.record import write_record
 from train.report import main
+from train.watching import charts
+from train.watching.charts import Axis, Series, heat_map, line_chart, number, share_bar
+from train.watching.goodput import EventLog
+from train.watching.metrics import MetricsLog
 
 PHASES = [{"seq_len": 1024, "tokens": 800, "batch_tokens": 100}, {"seq_len": 2048, "tokens": 200, "batch_tokens": 200}]
 MODEL = {key: value for key, value in dataclasses.asdict(TINY).items() if key not in ("rope", "max_seq_len")}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.prepared import write_prepared
-from train import shards
-from train.shards import open_sources
+from train.data import shards
+from train.data.shards import open_sources
 
 CODE = [[1, 7, 8, 9], [1, 9], [1, 5, 6, 5, 9]]
 TEXT = [[1, 4, 9]]

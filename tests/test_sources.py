@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from train import sources
-from train.sources import find_parts, read_part
+from train.preparation import sources
+from train.preparation.sources import find_parts, read_part
 
 
 def read(*given, field="text"):
@@ -211,7 +211,7 @@ IN_A_BUCKET = """
 import json, sys
 from pathlib import Path
 from llama_jax import paths
-from train import sources
+from train.preparation import sources
 sources.PART_BYTES = 10
 paths._filesystem("s3").mkdir("texts")
 for file in Path("data").rglob("*.*"):

@@ -16,12 +16,12 @@ from llama_jax.model import Llama
 from tests.prepared import write_prepared
 from tests.processes import free_address, outputs, start_python
 from tests.tiny import TINY
-from train.data import Batch, PackedRows, stack
+from train.data.mixture import Mixture
+from train.data.packing import Batch, PackedRows, stack
+from train.data.shards import open_sources
+from train.data.stream import Stream
 from train.device import local_rows, put_batch
 from train.evaluation import row_losses
-from train.mixture import Mixture
-from train.shards import open_sources
-from train.stream import Stream
 
 SHARES = {"code": 0.5, "web/de": 0.3, "web/en": 0.2}
 SEQ_LEN, NUM_ROWS = 16, 8
@@ -201,7 +201,7 @@ jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv
 import llama_jax
 from llama_jax.mesh import sharding_rules
 from tests.tiny import TINY
-from train.data import Batch
+from train.data.packing import Batch
 from train.device import local_rows, put_batch
 whole = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
 with llama_jax.use_mesh(sys.argv[3]):

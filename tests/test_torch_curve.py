@@ -20,7 +20,7 @@ from llama_jax.checkpoint.layout import ModelSource
 from tests.reference import hf_model, save_hf
 from tests.tiny import TINY, VARIANTS
 from train.config import OptimizerConfig, PhaseConfig, StageConfig
-from train.data import Batch
+from train.data.packing import Batch
 from train.loss import loss_sum
 from train.optimizer import TrainState, learning_rate_schedule, make_optimizer, train_step
 

@@ -32,7 +32,7 @@ from llama_jax.mesh import make_mesh
 from llama_jax.model import Llama
 from tests.tiny import TINY
 from train.config import read_config
-from train.data import Batch
+from train.data.packing import Batch
 from train.optimizer import TrainState, make_optimizer, train_step
 
 slice_name, mesh_spec, remat, head_dim = sys.argv[1:]

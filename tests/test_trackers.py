@@ -8,9 +8,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from train import trackers
-from train.metrics import MetricsLog
-from train.trackers import open_trackers
+from train.watching import trackers
+from train.watching.metrics import MetricsLog
+from train.watching.trackers import open_trackers
 
 RECORD = {"run_id": "1f2e3d4c", "name": "tiny", "model": {"num_layers": 2}, "seed": 0, "stage": {}}
 

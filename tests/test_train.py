@@ -25,14 +25,14 @@ from tests.tiny import TINY
 from train import evaluation, loop
 from train.checkpoints import read_progress, saved_steps
 from train.config import find_config, read_config
-from train.data import Batch
+from train.data.packing import Batch
 from train.device import put_batch
 from train.evaluation import position_ranges, row_losses
 from train.loss import loss_sum
-from train.metrics import read_metrics
 from train.optimizer import TrainState, learning_rate_schedule, make_optimizer, train_step
 from train.prepare import prepare
 from train.pretrain import _prepare_data, main
+from train.watching.metrics import read_metrics
 
 CONFIG = """
 [model]

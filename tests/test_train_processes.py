@@ -14,8 +14,8 @@ from tests.processes import ROOT, free_address
 from tests.test_train import assert_same_weights, weights
 from tests.test_train import workdir as workdir
 from train.checkpoints import newest_whole
-from train.faults import EXIT_PREEMPTED
-from train.metrics import read_metrics
+from train.faults.interruption import EXIT_PREEMPTED
+from train.watching.metrics import read_metrics
 
 # Small programs compile quickly without the passes that make them fast.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

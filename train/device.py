@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, get_mesh
 
 from llama_jax.mesh import ShardingRules
-from train.data import Batch
+from train.data.packing import Batch
 
 
 def local_rows(num_rows: int, seq_len: int, rules: ShardingRules) -> list[int]:

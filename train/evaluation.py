@@ -16,10 +16,10 @@ from jax.typing import DTypeLike
 
 from llama_jax.mesh import ShardingRules
 from llama_jax.model import Llama
-from train.data import Batch, heldout_by_source, heldout_rows
+from train.data.packing import Batch, heldout_by_source, heldout_rows
+from train.data.shards import TokenDataset
 from train.device import put_batch
 from train.loss import sequence_chunks, token_losses
-from train.shards import TokenDataset
 
 # Tokens whose logits a device makes at a time: at a vocabulary of 128,256 they are 1 GiB.
 _TOKENS = 2048

@@ -21,8 +21,8 @@ from llama_jax.tokenizer import Tokenizer
 from train import gate
 from train.checkpoints import Progress
 from train.config import TrainConfig
+from train.data.shards import TokenDataset, all_documents
 from train.gate import Reading
-from train.shards import TokenDataset, all_documents
 
 GATES_FILE = "gates.json"
 

@@ -18,9 +18,9 @@ from llama_jax.model import Llama
 from llama_jax.paths import staged_file
 from llama_jax.tokenizer import Tokenizer
 from train.config import GateConfig
+from train.data.recall import found_needles
+from train.data.shards import TokenDataset
 from train.evaluation import format_report, losses_by_position, perplexity_rows, position_ranges
-from train.recall import found_needles
-from train.shards import TokenDataset
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Reading:
 
     short_loss: mean held-out loss in nats over the context that the run was first trained at. losses: the held-out
     loss at each position of the length that is learned. needles: how many were asked and found, by length and depth,
-    as `train.recall.found_needles` gives them.
+    as `train.data.recall.found_needles` gives them.
     """
 
     short_loss: float

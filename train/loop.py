@@ -24,13 +24,14 @@ from llama_jax.mesh import ShardingRules
 from llama_jax.tokenizer import load_tokenizer
 from train.checkpoints import Checkpoints, Progress, read_progress, resumed_state, saved_steps, write_progress
 from train.config import PhaseConfig, TrainConfig
+from train.data.inputs import Inputs
+from train.data.shards import open_sources
 from train.device import put_batch
 from train.evaluation import losses_by_source
 from train.extension import Extension
-from train.faults import Interruption
-from train.goodput import EventLog
-from train.inputs import Inputs
-from train.metrics import MetricsLog, peak_flops, plot_loss, progress_line
+from train.faults.interruption import Interruption
+from train.faults.peers import Peers, slow_processes
+from train.faults.watchdog import Watchdog
 from train.optimizer import (
     Optimizer,
     StepMetrics,
@@ -39,10 +40,9 @@ from train.optimizer import (
     num_micro_batches,
     train_step,
 )
-from train.peers import Peers, slow_processes
-from train.shards import open_sources
-from train.trackers import open_trackers
-from train.watchdog import Watchdog
+from train.watching.goodput import EventLog
+from train.watching.metrics import MetricsLog, peak_flops, plot_loss, progress_line
+from train.watching.trackers import open_trackers
 
 # Ways out for a run that does not fit.
 WAYS = (

@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from llama_jax.model import REMAT_POLICIES, Llama
-from train.data import Batch
+from train.data.packing import Batch
 
 
 def token_losses(model: Llama, x: Array, targets: Array, table: Array) -> Array:

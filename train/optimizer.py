@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from llama_jax.mesh import ShardingRules, current_mesh
 from llama_jax.model import Llama
 from train.config import OptimizerConfig, StageConfig
-from train.data import Batch
+from train.data.packing import Batch
 from train.loss import loss_sum
 from train.muon import scale_by_muon
 

@@ -27,7 +27,7 @@ from llama_jax.program import Buffer
 from llama_jax.slices import GIB, Slice, all_slices, parse_slice, use_slice
 from train.checkpoints import initial_state
 from train.config import PhaseConfig, TrainConfig
-from train.data import Batch
+from train.data.packing import Batch
 from train.loop import jit_step
 from train.optimizer import Optimizer, TrainState, make_optimizer, num_micro_batches
 from train.search import Choice, never_fits, search, ways_out

@@ -2,10 +2,10 @@
 
     python -m train.prepare [SOURCE ...] [--tokenizer T] [--out DIR] [--holdout 0.5%] [--dedup minhash]
 
-The format stands in train.shards; the tokenizer's own files lie beside the sources. Work is divided into parts
-(see train.sources), which workers encode into OUT.parts (see train.parts); when all are there they are read in order
-and sorted into shards. The one invariant: the same files and options give the same bytes, whatever the number of
-workers and interruptions, and a directory that exists is whole.
+The format stands in data/shards.py; the tokenizer's own files lie beside the sources. Work is divided into parts
+(preparation/sources.py), which workers encode into OUT.parts (preparation/parts.py); when all are there they are
+read in order and sorted into shards. The one invariant: the same files and options give the same bytes, whatever the
+number of workers and interruptions, and a directory that exists is whole.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from llama_jax.entry import run_entry, say
 from llama_jax.paths import as_path, make_directory, remove_directory, staged_directory, vacant_directory
 from llama_jax.progress import progress
 from llama_jax.tokenizer import load_tokenizer
-from train.corpus import is_held_out
-from train.dedup import REASONS, Filters, Sieve, evaluation_ngrams, mark
-from train.parts import Encoder, encode_parts
-from train.shard_writer import ShardWriter
-from train.shards import FORMAT_VERSION, SHARD_TOKENS, SPLITS, read_metadata
-from train.sources import Part, find_parts, read_part
-from train.tokenizer_training import train_tokenizer
+from train.data.shards import FORMAT_VERSION, SHARD_TOKENS, SPLITS, read_metadata
+from train.preparation.corpus import is_held_out
+from train.preparation.dedup import REASONS, Filters, Sieve, evaluation_ngrams, mark
+from train.preparation.parts import Encoder, encode_parts
+from train.preparation.shard_writer import ShardWriter
+from train.preparation.sources import Part, find_parts, read_part
+from train.preparation.tokenizer_training import train_tokenizer
 
 DEFAULT_OUT = "data/prepared"
 DEFAULT_VOCAB_SIZE = 4096
@@ -58,7 +58,7 @@ def prepare(
 ) -> dict:
     """Writes the directory `out`, unless it already holds the same, and returns its metadata.
 
-    sources: PATH or NAME=PATH (see train.sources); none means the default corpus.
+    sources: PATH or NAME=PATH (see train.preparation.sources); none means the default corpus.
     tokenizer: a file or directory to encode with; None trains one on the training documents.
     vocab_size: ids of the tokenizer to train, special tokens included; None means 4096.
     holdout: the fraction of documents, by the hash of their text, for the heldout split.

@@ -40,9 +40,9 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
     """
     # These import jax, which --help need not wait for.
     from llama_jax.checkpoint.together import together
+    from train.faults.peers import Peers
     from train.loop import Stage
     from train.optimizer import make_optimizer
-    from train.peers import Peers
 
     if stage not in config.stage:
         raise ValueError(f"config {config.name} has no stage {stage!r}; it has {', '.join(config.stage)}")
@@ -162,8 +162,8 @@ def _prepare_data(config: TrainConfig, run_dir: Path, init: str | None) -> str:
     """
     from llama_jax.checkpoint.formats import open_checkpoint
     from llama_jax.convert import copy_companions
+    from train.data.shards import SPLITS, read_metadata
     from train.prepare import DEFAULT_VOCAB_SIZE, prepare
-    from train.shards import SPLITS, read_metadata
 
     data, directory, vocab_size = config.data, as_path(config.data.directory), config.model.vocab_size
     beside = open_checkpoint(init).companions if init else None
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     run_dir = as_path(args.run_dir) if args.run_dir else Path(f"runs/{config.name}")
     if args.check:
-        from train.check import check
+        from train.preflight.check import check
 
         if not check(config, args.stage, run_dir, as_json=args.json):
             sys.exit(1)

@@ -17,10 +17,10 @@ from llama_jax.config import LlamaConfig
 from llama_jax.devices import model_name
 from llama_jax.entry import run_entry
 from llama_jax.paths import as_path, staged_file
-from train.charts import STYLE, Html, Series, heat_map, line_chart, number, share_bar, table
-from train.goodput import LABELS, Goodput, goodput, read_events
-from train.metrics import clock, read_metrics
 from train.record import RECORD_FILE, read_record
+from train.watching.charts import STYLE, Html, Series, heat_map, line_chart, number, share_bar, table
+from train.watching.goodput import LABELS, Goodput, goodput, read_events
+from train.watching.metrics import clock, read_metrics
 
 # What the gates of a context extension found; without one, perplexities before and after a stage.
 GATE_FILES = ("gates.json", "extension.json")

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import fsspec
 
 from llama_jax.paths import as_path, is_remote
-from train.corpus import Document, python_library
+from train.preparation.corpus import Document, python_library
 
 DEFAULT_NAME = "text"
 RESERVED_NAME = "recall"  # the synthetic source

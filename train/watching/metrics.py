@@ -36,7 +36,7 @@ _PEAK_FLOPS = {
 
 
 class Tracker(Protocol):
-    """Somewhere else that wants to hear the numbers of a run (see train/trackers.py)."""
+    """Somewhere else that wants to hear the numbers of a run (see train/watching/trackers.py)."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take the numbers of one line."""

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.corpus import Document, text_hash
-from train.sources import kind, open_text, require
+from train.preparation.corpus import Document, text_hash
+from train.preparation.sources import kind, open_text, require
 
 REASONS = ("blank", "contaminated", "duplicate", "near_duplicate")
 NUM_PERMUTATIONS = 128

@@ -21,10 +21,10 @@ from jax.typing import DTypeLike
 
 from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer
-from train.data import Batch, pack, stack
+from train.data.packing import Batch, pack, stack
 from train.device import put_batch
 from train.evaluation import equal_batches
-from train.shards import TokenDataset
+from train.data.shards import TokenDataset
 
 SHARE = 0.5  # of a row's tokens are statements
 
@@ -116,7 +116,7 @@ def strewn(text: np.ndarray, inserts: Sequence[np.ndarray], places: Sequence[int
 
 
 class RecallRows:
-    """Rows of seq_len tokens (see train.data.Rows), each one document of text with statements strewn over it.
+    """Rows of seq_len tokens (see train.data.packing.Rows), each one document of text with statements strewn over it.
 
     Statements take up SHARE of a row. Rows differ in how many there are: from one, made again and again, to so many
     that each is made twice. So distances go from a few tokens to the whole window. Every token is in the loss.

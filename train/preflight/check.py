@@ -32,14 +32,14 @@ from llama_jax.paths import make_directory, remove_directory
 from llama_jax.tokenizer import load_tokenizer
 from train.checkpoints import Checkpoints, Progress, initial_state, resumed_state
 from train.config import PhaseConfig, TrainConfig
-from train.data import Batch
+from train.data.inputs import Inputs
+from train.data.packing import Batch
 from train.device import local_rows, put_batch
-from train.inputs import Inputs
+from train.faults.peers import Peers
+from train.faults.watchdog import Watchdog
 from train.loop import jit_step
 from train.optimizer import TrainState, make_optimizer
-from train.peers import Peers
-from train.speeds import SLOW_SHARE, link_speeds, matrix_speeds, slow_devices
-from train.watchdog import Watchdog
+from train.preflight.speeds import SLOW_SHARE, link_speeds, matrix_speeds, slow_devices
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint")
 
@@ -119,7 +119,7 @@ def _found(name: str, work: Callable[[], str]) -> Finding:
 
 def _identity(config: TrainConfig, stage: str) -> dict[str, str]:
     """What must be the same in every process, by name."""
-    packages = [Path(llama_jax.__file__).parent, Path(__file__).parent]
+    packages = [Path(llama_jax.__file__).parent, Path(__file__).parents[1]]
     files = [path for package in packages for path in sorted(package.rglob("*.py"))]
     versions = dict.fromkeys(PACKAGES, "none")
     for name in PACKAGES:

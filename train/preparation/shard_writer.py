@@ -1,4 +1,4 @@
-"""Writes the documents of one source and split as shards, in the format that train.shards reads.
+"""Writes the documents of one source and split as shards, in the format that train.data.shards reads.
 
 The one invariant: the shards are the documents in the order given, each whole, whatever pieces they came in.
 """

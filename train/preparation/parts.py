@@ -1,6 +1,6 @@
 """Parts of a preparation: what workers make of the text, kept until all of it is there.
 
-A worker reads a part (see train.sources), marks and encodes its documents, and writes them as pieces KEY-0.npz,
+A worker reads a part (see sources.py), marks and encodes its documents, and writes them as pieces KEY-0.npz,
 KEY-1.npz, ... and KEY.done with their number. KEY is a hash of all that the pieces follow from, so that a finished
 part is used again whatever else has changed. The one invariant: KEY.done is there only if every piece is, whole.
 """
@@ -26,8 +26,8 @@ from llama_jax.entry import say
 from llama_jax.paths import as_path, open_file, staged_file
 from llama_jax.progress import progress
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from train.dedup import Filters, Mark, mark
-from train.sources import Part, read_part
+from train.preparation.dedup import Filters, Mark, mark
+from train.preparation.sources import Part, read_part
 
 _VERSION = 1  # of what a part's files hold
 _PIECE_CHARACTERS = 2**24  # bounds what a worker holds

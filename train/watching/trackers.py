@@ -19,7 +19,7 @@ from typing import Any
 
 from llama_jax.entry import say
 from llama_jax.paths import is_remote, make_directory, staged_file
-from train.metrics import Tracker
+from train.watching.metrics import Tracker
 
 # Lines that may wait for a tracker that is slow, and seconds that the end of a run waits for it.
 _MOST_WAITING = 10_000

@@ -9,7 +9,7 @@ resume nor another number of processes changes what follows.
 
 from collections.abc import Mapping
 
-RECALL = "recall"  # the source that is made, not read (see train/recall.py)
+RECALL = "recall"  # the source that is made, not read (see train/data/recall.py)
 
 _SCALE = 2**20  # the sum of the weights, but for rounding
 

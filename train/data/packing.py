@@ -1,7 +1,7 @@
 """Prepared tokens as rows to train on: documents shuffled, laid end to end and cut.
 
 No token predicts or attends across documents (The Llama 3 Herd of Models, arXiv 2407.21783, section 3.2):
-segment_ids, positions and loss_mask say where they meet. train.shards reads the documents.
+segment_ids, positions and loss_mask say where they meet. train.data.shards reads the documents.
 
 The one invariant: row i of a source is a function of (data, seed, stage, source, seq_len, how often which
 documents come, i) alone. So one integer is the whole state of a source, on any number of processes.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from train.config import LengthWeight
-from train.shards import Shard, TokenDataset
+from train.data.shards import Shard, TokenDataset
 
 # The most documents that are shuffled together; their order and offsets take 0.8 GB.
 GROUP_DOCUMENTS = 2**25

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from train.metrics import JsonLines, clock, read_lines, read_metrics
+from train.watching.metrics import JsonLines, clock, read_lines, read_metrics
 
 EVENTS_FILE = "events.jsonl"
 

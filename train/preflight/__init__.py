@@ -1,0 +1,1 @@
+"""`--check`: whether the machines can run what is configured, before a long run."""
