@@ -70,8 +70,9 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
 def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with explicit axes data, fsdp, context, tensor0, tensor1, ... from text.
 
-    A mesh smaller than the number of devices takes the first ones, if they belong to one process.
-    Raises ValueError if the text does not fit the devices.
+    A mesh smaller than the number of devices takes the first ones, if they belong to one process. Over several
+    slices of TPUs, which a slower network joins, `data` runs, outermost; all other axes lie within one.
+    Raises ValueError if the text does not fit the devices, or if the slices do not divide `data`.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = parse_mesh(spec, len(devices))
@@ -81,12 +82,35 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {spec!r} uses {count} of {len(devices)} devices of several processes; "
             "every process must take part: give one axis -1"
         )
+    slices = tpu_slices(devices[:count])
+    if sizes["data"] % len(slices):
+        raise ValueError(
+            f"mesh {spec!r}: data={sizes['data']} cannot run over {len(slices)} slices; "
+            f'give data={len(slices)} and the rest within a slice, as in "data={len(slices)},fsdp=-1"'
+        )
     # The torus is laid out for the four whole axes; splitting tensor into its factors keeps neighbours.
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:count], allow_split_physical_axes=True)
+    shape = (sizes["data"] // len(slices), *(sizes[axis] for axis in AXES[1:]))
+    grids = [mesh_utils.create_device_mesh(shape, part, allow_split_physical_axes=True) for part in slices]
     factors = prime_factors(sizes["tensor"])
     names = AXES[:3] + tuple(f"tensor{i}" for i in range(len(factors)))
-    grid = np.asarray(grid).reshape(*grid.shape[:3], *factors)
+    grid = np.concatenate(grids).reshape(sizes["data"], *shape[1:3], *factors)
     return Mesh(grid, names, axis_types=(AxisType.Explicit,) * len(names))
+
+
+def tpu_slices(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each slice of TPUs, in the order of the slices; any other devices are one slice.
+
+    Raises ValueError if the slices are not of one size.
+    """
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        # On GPUs jax counts a node as a slice, but there `fsdp` may well run over nodes; a lone slice has no number.
+        index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        slices.setdefault(index, []).append(device)
+    if len({len(part) for part in slices.values()}) > 1:
+        counts = ", ".join(f"slice {index} has {len(part)}" for index, part in sorted(slices.items()))
+        raise ValueError(f"a mesh needs slices of the same number of devices: {counts}; use equal ones")
+    return [part for _, part in sorted(slices.items())]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,15 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec, reshard
 
 from llama_jax.cache import init_cache
 from llama_jax.config import PRESETS
-from llama_jax.mesh import AXES, inference_mesh_spec, legal_tensor_sizes, parse_mesh, sharding_rules, use_mesh
+from llama_jax.mesh import (
+    AXES,
+    inference_mesh_spec,
+    legal_tensor_sizes,
+    make_mesh,
+    parse_mesh,
+    sharding_rules,
+    use_mesh,
+)
 from llama_jax.model import Llama
 from tests.tiny import TINY
 
@@ -59,6 +67,58 @@ def test_text_gives_the_sizes_of_the_four_axes(spec, sizes):
 def test_text_that_is_no_mesh_is_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         parse_mesh(spec, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What `make_mesh` looks at in a device: a made-up one of a slice of 2 x n, four a host."""
+
+    slice_index: int
+    index: int
+    platform: str = "tpu"
+
+    device_kind = "TPU v5e"
+    core_on_chip = 0
+    id = property(lambda self: 100 * self.slice_index + self.index)
+    process_index = property(lambda self: self.id // 4)
+    coords = property(lambda self: (self.index % 2, self.index // 2, 0))
+
+
+def chips(*counts: int, platform: str = "tpu") -> list[Chip]:
+    """So many chips of each slice, in the order of no torus."""
+    return [Chip(number, i, platform) for number, count in enumerate(counts) for i in range(count)][::-1]
+
+
+@pytest.mark.parametrize("spec", ["data=2,fsdp=-1", "data=2,fsdp=2,tensor=4", "data=2,context=8", "data=8,tensor=2"])
+def test_over_several_slices_runs_data_and_no_other_axis(spec):
+    devices = make_mesh(spec, chips(8, 8)).devices
+    assert len(set(devices.flat)) == 16
+    # Every step along `data` within a slice comes before the one that leaves it.
+    assert [chip.slice_index for chip in devices.flat] == [0] * 8 + [1] * 8
+
+
+def test_within_a_slice_the_mesh_is_that_of_the_slice_alone():
+    both, first = make_mesh("data=2,fsdp=2,tensor=4", chips(8, 8)), make_mesh("fsdp=2,tensor=4", chips(8))
+    np.testing.assert_array_equal(both.devices[0], first.devices[0])
+    assert both.axis_names == first.axis_names and set(both.axis_types) == {AxisType.Explicit}
+
+
+@pytest.mark.parametrize(
+    ("spec", "counts", "message"),
+    [
+        ("fsdp=-1", (8, 8), 'data=1 cannot run over 2 slices; give data=2 .* as in "data=2,fsdp=-1"'),
+        ("data=2,fsdp=-1", (4, 4, 4, 4), "data=2 cannot run over 4 slices; give data=4"),
+        ("data=2,fsdp=-1", (8, 4), "slices of the same number of devices: slice 0 has 8, slice 1 has 4"),
+        ("data=2,fsdp=4", (8, 8), "uses 8 of 16 devices of several processes"),
+    ],
+)
+def test_a_mesh_that_slices_cannot_be_cut_into_is_refused(spec, counts, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(spec, chips(*counts))
+
+
+def test_fsdp_may_run_over_nodes_of_gpus_which_jax_numbers_like_slices():
+    assert make_mesh("fsdp=-1", chips(8, 8, platform="gpu")).shape["fsdp"] == 16
 
 
 def abstract_mesh(fsdp: int, tensor: tuple[int, ...]) -> AbstractMesh:
