@@ -28,7 +28,7 @@ from llama_jax.entry import parse_settings, say
 from llama_jax.memory import bytes_a_device, weight_bytes
 from llama_jax.mesh import inference_mesh_spec, legal_tensor_sizes
 from llama_jax.model import Llama
-from llama_jax.plan import Plan, Terms, gib, plan, rows, table, try_each
+from llama_jax.plan import Plan, Terms, check_directory, gib, plan, rows, sources, table, try_each
 from llama_jax.program import Buffer
 from llama_jax.slices import Slice, all_slices, parse_slice, smallest_slice, use_slice
 
@@ -36,6 +36,9 @@ from llama_jax.slices import Slice, all_slices, parse_slice, smallest_slice, use
 CONTEXT = 8192
 
 _NUM_BEST = 5
+
+# Keys of a training report that have no meaning here.
+_OF_TRAINING = ("remat", "stage_tokens", "stage_days", "device_hours", "cost", "checkpoint_bytes", "checkpoint_seconds")
 
 # Contexts are advised in whole multiples of it.
 _CONTEXT_STEP = 256
@@ -88,18 +91,20 @@ class GenerationPlan:
     best: tuple[str, ...] = ()
 
 
-def print_plan(args: argparse.Namespace) -> None:
+def print_plan(args: argparse.Namespace, *, batch: int | None = None, new_tokens: int | None = None) -> None:
     """Plan what the options of infer.generate ask for; --checkpoint may name a preset, whose weights are not needed.
 
+    batch and new_tokens: prompts at a time and tokens after each, by default those of the options.
     Raises ValueError for what cannot be planned.
     """
     target = parse_slice(args.plan)
     cfg, dtype = _model(args, target)
     context = args.max_seq_len or min(cfg.max_seq_len, CONTEXT)
-    new_tokens = min(args.max_new_tokens, context - 1)
-    work = Workload(cfg, dtype, max(1, len(args.prompts)), context - new_tokens, context)
-    use_compilation_cache()
+    room = min(new_tokens or args.max_new_tokens, context - 1)
+    work = Workload(cfg, dtype, batch or max(1, len(args.prompts)), context - room, context)
     hlo = Path(args.hlo) if args.hlo else None
+    check_directory(hlo)
+    use_compilation_cache()
     if args.mesh:
         found = plan_generation(work, target, args.mesh, hlo=hlo)
     else:
@@ -109,7 +114,21 @@ def print_plan(args: argparse.Namespace) -> None:
             plan_generation(work, target, found.mesh, hlo=hlo)
     if not found.fits:
         found = dataclasses.replace(found, advice=advice(work, target, found))
-    print(json.dumps(dataclasses.asdict(found)) if args.json else table(_lines(cfg, found)))
+    print(json.dumps(report(found)) if args.json else table(_lines(cfg, found)))
+
+
+def report(found: GenerationPlan) -> dict[str, Any]:
+    """The plan as one object with the keys of a training report, too.
+
+    Memory there is that of the program that needs more, work and time those of a decode step; what
+    generation does not have is None.
+    """
+    first, after = dataclasses.asdict(found.prefill), dataclasses.asdict(found.decode)
+    larger = first if found.prefill.hbm_peak_bytes > found.decode.hbm_peak_bytes else after
+    memory = ("hbm_arguments_bytes", "hbm_temporaries_bytes", "host_bytes", "parts", "largest")
+    of_larger = {key: larger[key] for key in memory}
+    origin = sources(found.decode) | dict.fromkeys(("decode_read_seconds", "tokens_per_second"), "assumed")
+    return dict.fromkeys(_OF_TRAINING) | after | of_larger | dataclasses.asdict(found) | {"sources": origin}
 
 
 def _model(args: argparse.Namespace, target: Slice) -> tuple[LlamaConfig, DTypeLike]:
@@ -209,14 +228,16 @@ def _generation_plan(
     work: Workload, model: Llama, target: Slice, prefill: Plan, decode: Plan, *, caches: Any
 ) -> GenerationPlan:
     weights, cache = decode.parts["weights"], decode.parts["cache"]
-    num_rows, _, num_slots, _ = caches[0].k.shape
+    # Rows of slots, or pages of them.
+    num_tokens = caches[0].k.shape[0] * caches[0].k.shape[2]
+    multiple = model.rules.batch_multiple
+    num_rows = -(-(1 << (work.batch - 1).bit_length()) // multiple) * multiple
     looked_up = 0 if model.head is None else bytes_a_device(model.embedding)
     read, peak = weights - looked_up + cache, max(prefill.hbm_peak_bytes, decode.hbm_peak_bytes)
     growth = max(0, decode.hbm_capacity_bytes - weights) / (peak - weights)
     seconds = read / target.chip.hbm_bandwidth if target.chip.hbm_bandwidth else None
-    speed, price = seconds and work.batch / seconds, target.chip.price * decode.chips
+    speed, price = seconds and work.batch / seconds, target.price * decode.chips
     largest_part = max(map(bytes_a_device, jax.tree.leaves(model)))
-    multiple = model.rules.batch_multiple
     return GenerationPlan(
         slice=str(target),
         chips=decode.chips,
@@ -232,9 +253,9 @@ def _generation_plan(
         decode_read_bytes=read,
         decode_read_seconds=seconds,
         tokens_per_second=speed,
-        tokens_per_dollar=speed and speed * 3600 / price,
-        largest_batch=int(growth * num_rows) // multiple * multiple,
-        largest_context=min(model.cfg.max_seq_len, int(growth * num_slots)),
+        tokens_per_dollar=speed * 3600 / price if speed and price else None,
+        largest_batch=int(growth * num_tokens / work.context) // multiple * multiple,
+        largest_context=min(model.cfg.max_seq_len, int(growth * num_tokens / num_rows)),
         host_ram_to_load_bytes=largest_part * min(decode.chips, target.chips_per_host),
         disk_bytes=jnp.dtype(work.dtype).itemsize * work.cfg.num_params(),
         compile_seconds=prefill.compile_seconds + decode.compile_seconds,

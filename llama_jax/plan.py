@@ -25,7 +25,7 @@ from llama_jax.entry import say
 from llama_jax.memory import bytes_left
 from llama_jax.mesh import mesh_text
 from llama_jax.program import Buffer, Collective, Program, read_program
-from llama_jax.slices import GIB, Device, Slice, wraps
+from llama_jax.slices import GIB, Device, Slice, attached_slice, wraps
 
 # Share of a chip's peak at which attention kernels are taken to run, and of a GPU's all that it computes.
 KERNEL_EFFICIENCY = 0.6
@@ -116,6 +116,30 @@ def plan(
         compile_seconds=time.perf_counter() - began,
         **done,
     )
+
+
+class Expectation(NamedTuple):
+    """What a compiled step should need: bytes of a chip when most are in use, and seconds where its chips are known."""
+
+    peak_bytes: int
+    seconds: float | None
+
+
+def expectation(compiled: jax.stages.Compiled, *, model_flops: float) -> Expectation:
+    """What a plan says of a step that has been compiled for the devices of the ambient mesh, which are here."""
+    mesh = get_mesh()
+    target = attached_slice(list(mesh.devices.flat))
+    peak = _memory(compiled, target).peak
+    if not target.chip.flops:
+        return Expectation(peak, None)
+    seconds = _seconds(read_program(compiled.as_text() or ""), target, mesh, model_flops / mesh.size)
+    return Expectation(peak, seconds["estimated_step_seconds"] or None)
+
+
+def check_directory(hlo: Path | None) -> None:
+    """Raise FileNotFoundError, before anything is compiled, if a program's text cannot be written there."""
+    if hlo is not None and not hlo.parent.is_dir():
+        raise FileNotFoundError(f"--hlo {hlo}: there is no directory {hlo.parent}; make it or name another")
 
 
 def _capacity(target: Slice) -> int:
@@ -295,13 +319,31 @@ def summary(found: Plan) -> str:
     return f"{found.mesh}: {verdict}{speed}{gib(found.hbm_peak_bytes)} of {gib(found.hbm_capacity_bytes)}"
 
 
+def sources(found: Plan) -> dict[str, str]:
+    """Where the numbers of a plan are from, by their names: exact, compiled, measured, estimated or assumed."""
+    stands_in = found.compiler == "cpu" and found.estimated_step_seconds is not None
+    compiled = "compiled for CPU" if stands_in else "compiled"
+    of_program = ("hbm_peak_bytes", "hbm_temporaries_bytes", "host_bytes", "matmul_flops_per_chip", "collectives")
+    return dict.fromkeys(of_program, compiled) | {
+        "hbm_arguments_bytes": "exact",
+        "model_flops_per_chip": "exact",
+        "kernel_flops_per_chip": compiled,
+        "estimated_compute_seconds": "assumed" if stands_in else "estimated",
+        "estimated_collective_seconds": "assumed",
+        "estimated_step_seconds": "estimated",
+        "estimated_mfu": "estimated",
+        "tokens_per_second": "estimated",
+        "compile_seconds": "measured",
+    }
+
+
 def rows(found: Plan) -> list[tuple[str, str, str]]:
     """What a plan says, for people: name, where it is from, value."""
     spare = found.hbm_capacity_bytes - found.hbm_peak_bytes
     verdict = f"yes, {gib(spare)} to spare" if found.fits else f"NO, {gib(-spare)} too much"
     parts = ", ".join(f"{name} {gib(size)}" for name, size in found.parts.items())
-    is_gpu = found.compiler == "cpu" and found.estimated_step_seconds is not None
-    source = "compiled for CPU" if is_gpu else "compiled"
+    origin = sources(found)
+    source, is_gpu = origin["hbm_peak_bytes"], origin["estimated_compute_seconds"] == "assumed"
     lines = [
         ("fits", source, verdict),
         ("memory a chip", source, f"{gib(found.hbm_peak_bytes)} of {gib(found.hbm_capacity_bytes)}"),

@@ -13,12 +13,13 @@ import itertools
 import math
 import os
 import re
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.mesh import make_mesh, parse_mesh
@@ -38,7 +39,8 @@ class Chip:
     (for a GPU of all its NVLinks), and of the chip's share of what joins slices or nodes. num_links:
     to its neighbours in the torus. clock: cycles a second, those that the compiler's estimates count.
     price: US dollars an hour. cores: how many the vendor's names count. most: chips of the largest
-    slice, or GPUs of a node.
+    slice, or GPUs of a node. devices: what jax counts of it; of several all else here is of one, and
+    such a device is called a chip wherever chips are counted.
     """
 
     hbm_bytes: int
@@ -51,15 +53,17 @@ class Chip:
     price: float
     cores: int
     most: int
+    devices: int = 1
 
 
-# Edit prices to yours: these are list prices on demand in US regions, as of 2025, of TPUs at Google and of GPUs
-# at AWS. v4's share of the network is taken to be v5p's. Not all of a GPU's memory is jax's by default.
+# List prices on demand in US regions, as of 2025, of TPUs at Google and of GPUs at AWS; LLAMA_JAX_PRICES names a file
+# of others. v4's share of the network is taken to be v5p's. Not all of a GPU's memory is jax's by default.
 CHIPS = {
     "v4": Chip(int(30.75 * GIB), 275e12, 1.228e12, 4.5e10, 6.25e9, 6, 1.05e9, 3.22, 2, 4096),
     "v5p": Chip(int(95.74 * GIB), 459e12, 2.765e12, 9.0e10, 6.25e9, 6, 1.75e9, 4.20, 2, 6144),
     "v5e": Chip(int(15.75 * GIB), 197e12, 8.19e11, 5.0e10, 3.125e9, 4, 1.50e9, 1.20, 1, 256),
     "v6e": Chip(int(31.25 * GIB), 918e12, 1.640e12, 9.0e10, 1.25e10, 4, 1.75e9, 2.70, 1, 256),
+    "tpu7x": Chip(int(94.75 * GIB), 1153.5e12, 3.690e12, 9.0e10, 6.25e9, 6, 2.20e9, 0.0, 2, 9216, 2),
     "a100-40": Chip(39 * GIB, 312e12, 1.555e12, 3.0e11, 2.5e10, 0, 0.0, 2.74, 1, 8),
     "a100-80": Chip(79 * GIB, 312e12, 2.039e12, 3.0e11, 2.5e10, 0, 0.0, 3.43, 1, 8),
     "h100": Chip(79 * GIB, 989e12, 3.35e12, 4.5e11, 5.0e10, 0, 0.0, 6.88, 1, 8),
@@ -68,7 +72,22 @@ CHIPS = {
     "cpu": Chip(0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 1, 4096),
 }
 
-_ALIASES = {"v5litepod": "v5e"}
+_ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
+
+# A part of jax's device_kind, the longer names first.
+_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+    "TPU7x": "tpu7x",
+    "A100-SXM4-40GB": "a100-40",
+    "A100": "a100-80",
+    "H100": "h100",
+    "H200": "h200",
+    "B200": "b200",
+}
 
 # Those of two dimensions are a list; of three, small ones and then whole cubes of 4 x 4 x 4.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
@@ -110,8 +129,16 @@ class Slice:
 
     @property
     def num_chips(self) -> int:
-        """Chips of all slices together."""
-        return self.num_slices * math.prod(self.shape)
+        """Chips of all slices together, or as many devices as jax counts."""
+        return self.num_slices * math.prod(self.shape) * self.chip.devices
+
+    @property
+    def price(self) -> float:
+        """US dollars an hour of one chip, from the TOML file that LLAMA_JAX_PRICES names (`v4 = 2.10`), else as listed.
+
+        0 if nobody knows. Raises ValueError for a file that does not hold numbers by the kind of chip.
+        """
+        return _prices(os.environ.get("LLAMA_JAX_PRICES", "")).get(self.kind, self.chip.price)
 
     @property
     def chips_per_host(self) -> int:
@@ -119,7 +146,7 @@ class Slice:
         if not self.chip.num_links:
             return self.shape[0]
         one_host = len(self.shape) == 2 and math.prod(self.shape) == 8  # v5litepod-8 and v6e-8
-        return 8 if one_host else min(4, math.prod(self.shape))
+        return 8 if one_host else min(4, math.prod(self.shape)) * self.chip.devices
 
     @property
     def networks(self) -> tuple[str, str]:
@@ -129,6 +156,22 @@ class Slice:
     def __str__(self) -> str:
         several = f"{self.num_slices}x" if self.num_slices > 1 else ""
         return f"{several}{self.kind}:{'x'.join(map(str, self.shape))}"
+
+
+@functools.cache
+def _prices(path: str) -> dict[str, float]:
+    if not path:
+        return {}
+    try:
+        prices = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"LLAMA_JAX_PRICES={path} is not TOML: {error}; expected lines as v4 = 2.10") from None
+    for kind, price in prices.items():
+        if kind not in CHIPS or isinstance(price, bool) or not isinstance(price, (int, float)) or price < 0:
+            raise ValueError(
+                f"{path}: {kind} = {price!r}; expected dollars an hour of a chip, as v4 = 2.10, of {', '.join(CHIPS)}"
+            )
+    return prices
 
 
 def parse_slice(text: str) -> Slice:
@@ -166,6 +209,17 @@ def _counted(text: str, kind: str, shape: tuple[int, ...], num_slices: int) -> S
     if num_slices * count > CHIPS["cpu"].most:
         raise ValueError(f"{text}: {num_slices * count} GPUs are more than can be planned, {CHIPS['cpu'].most}")
     return Slice(kind, (count,), num_slices)
+
+
+def attached_slice(devices: Sequence[Device]) -> Slice:
+    """What slice these devices of a running mesh are; where nothing is known of them, CPU devices."""
+    kind = next((kind for part, kind in _DEVICE_KINDS.items() if part in devices[0].device_kind), "cpu")
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if kind != "cpu" else 1
+    if not CHIPS[kind].num_links:
+        return Slice(kind, (len(devices) // num_slices,), num_slices)
+    sides = zip(*(device.coords for device in devices), strict=True)
+    shape = tuple(max(side) - min(side) + 1 for side in sides)
+    return Slice(kind, shape if CHIPS[kind].num_links == 6 else shape[:2], num_slices)
 
 
 def smallest_slice(kind: str, num_bytes: int) -> Slice | None:
@@ -259,37 +313,21 @@ def _described(target: Slice) -> list[Device]:
     options: dict[str, Any] = {"num_slices": target.num_slices}
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    elif target.chips_per_host == 8:
+    elif len(shape) == 2 and target.chips_per_host == 8:
         options["chips_per_host_bounds"] = (2, 4, 1)
-    if chip.cores == 2:  # as one device: by itself libtpu counts a v4 as two
+    if chip.cores > chip.devices:  # as one device: by itself libtpu counts a v4 as two
         options["chip_config_name"] = "megacore"
     options["wrap"] = wraps(shape)
     name = f"{target.kind}:{'x'.join(map(str, shape))}"
     return list(topologies.get_topology_desc(name, "tpu", **options).devices)
 
 
-def make_slice_mesh(spec: str, devices: Sequence[Device], num_slices: int) -> Mesh:
-    """The mesh of `make_mesh` over several slices of TPUs: `data` runs over them, all other axes lie within one.
-
-    Raises ValueError if the slices do not divide `data`.
-    """
-    per_slice = len(devices) // num_slices
-    sizes = parse_mesh(spec, len(devices))
-    if sizes["data"] % num_slices:
-        raise ValueError(
-            f"mesh {spec!r}: data={sizes['data']} cannot run over {num_slices} slices; "
-            f'give data={num_slices} and the rest within a slice, as in "data={num_slices},fsdp=-1"'
-        )
-    sizes["data"] //= num_slices
-    within = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-    meshes = [make_mesh(within, devices[i * per_slice :][:per_slice]) for i in range(num_slices)]
-    grid = np.concatenate([mesh.devices for mesh in meshes])
-    return Mesh(grid, meshes[0].axis_names, axis_types=meshes[0].axis_types)
-
-
 @contextlib.contextmanager
 def use_slice(target: Slice, spec: str) -> Iterator[Mesh]:
-    """Enter a mesh of the slice's devices. Raises ValueError if the text does not fit them."""
-    mesh = make_slice_mesh(spec, open_slice(target), 1 if target.is_gpu else target.num_slices)
+    """Enter a mesh of the slice's devices, of TPUs all of them. Raises ValueError if the text does not fit them."""
+    count = math.prod(parse_mesh(spec, target.num_chips).values())
+    if target.chip.num_links and count != target.num_chips:
+        raise ValueError(f"mesh {spec!r} uses {count} of the {target.num_chips} chips of {target}; give one axis -1")
+    mesh = make_mesh(spec, open_slice(target))
     with jax.set_mesh(mesh):
         yield mesh

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -22,6 +23,7 @@ from llama_jax.mesh import use_mesh
 from llama_jax.plan import _refused, collective_seconds, plan, rows
 from llama_jax.program import Collective, read_program
 from llama_jax.slices import CHIPS, parse_slice
+from tests.test_train import workdir  # noqa: F401
 from tests.tiny import TINY
 from train.checkpoints import initial_state
 from train.config import DataConfig, PhaseConfig, RunConfig, StageConfig, TrainConfig
@@ -43,12 +45,15 @@ CONFIG = TrainConfig(
 
 @pytest.fixture(scope="module")
 def planned():
-    """The plan of the tiny stage on 8 CPU devices, with its report."""
+    """The plan of the tiny stage on 8 CPU devices, with its report; its program is kept, however quick to compile."""
+    least = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     (found,) = train.plan.plan_stage(CONFIG, "1", CPU8)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     return found
 
 
-def test_a_planned_step_is_the_program_that_the_run_compiles(planned):
+def test_a_planned_step_is_the_program_that_the_run_takes_from_the_cache(planned):
     found, _ = planned
     settings = CONFIG.stage["1"]
     optimizer = make_optimizer(CONFIG.optimizer, settings)
@@ -59,14 +64,34 @@ def test_a_planned_step_is_the_program_that_the_run_compiles(planned):
         phase = settings.phases[0]
         step = jit_step(CONFIG, "1", phase=phase, optimizer=optimizer, rules=state.params.rules)
         lowered = step.lower(state, batch)
+        events: list[str] = []
+        jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
         stats = lowered.compile().memory_analysis()
         abstract = train.plan.abstract_state(CONFIG, "1", optimizer)
         same, _ = train.plan.lower_phase(CONFIG, "1", phase, optimizer=optimizer, state=abstract)
     assert same.as_text() == lowered.as_text()
+    assert "/jax/compilation_cache/cache_hits" in events
     assert stats is not None
     assert found.hbm_arguments_bytes == stats.argument_size_in_bytes
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     assert found.hbm_temporaries_bytes == stats.temp_size_in_bytes + results
+
+
+@pytest.mark.slow
+def test_a_command_takes_the_program_that_its_plan_has_compiled_from_the_cache(workdir):  # noqa: F811
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "XDG_CACHE_HOME": str(workdir / "cache")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+
+    def steps_in_cache(*options: str) -> set[str]:
+        command = [sys.executable, "-m", "train.pretrain", "--config", "tiny.toml", "--stage", "1", *options]
+        command += ["--set", "run.mesh=fsdp=4,tensor=2"]
+        subprocess.run(command, capture_output=True, env=environment, cwd=workdir, check=True)
+        return {file.name for file in (workdir / "cache").rglob("*step*-cache")}
+
+    planned = steps_in_cache("--plan", "cpu:8")
+    assert len(planned) == 1
+    assert steps_in_cache("--run-dir", "runs/tiny") == planned
 
 
 def test_arguments_are_weights_twice_as_much_for_adam_with_its_counters_and_the_batch(planned):
@@ -86,6 +111,21 @@ def test_a_report_says_what_the_stage_stores_and_nothing_of_a_cpus_speed(planned
     assert set(found.collectives) >= {"all-gather"}
     assert report["advice"] is None
     json.dumps(report)
+
+
+# What a report must have, whatever is planned.
+KEYS = """slice chips mesh remat fits hbm_capacity_bytes hbm_peak_bytes hbm_arguments_bytes hbm_temporaries_bytes
+    host_bytes matmul_flops_per_chip model_flops_per_chip kernel_flops_per_chip collectives estimated_compute_seconds
+    estimated_collective_seconds estimated_step_seconds estimated_mfu tokens_per_second tokens_per_dollar stage_tokens
+    stage_days device_hours cost checkpoint_bytes checkpoint_seconds host_ram_to_load_bytes disk_bytes
+    compile_seconds""".split()
+
+
+def test_a_report_has_every_key_and_says_where_the_numbers_are_from(planned):
+    _, report = planned
+    assert set(KEYS) <= set(report)
+    assert set(report["sources"]) <= set(report)
+    assert set(report["sources"].values()) >= {"exact", "compiled", "measured", "estimated", "assumed"}
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused_with_the_ways_out():
@@ -119,6 +159,13 @@ def test_the_programs_text_is_written_where_it_is_asked_for(tmp_path):
     path = tmp_path / "step.hlo"
     ((found, _),) = train.plan.plan_stage(CONFIG, "1", CPU8, hlo=path)
     assert read_program(path.read_text()).matmul_flops == found.matmul_flops_per_chip
+
+
+def test_a_directory_that_is_not_there_is_told_before_anything_is_compiled(tmp_path, capsys):
+    hlo = tmp_path / "absent" / "step.hlo"
+    with pytest.raises(FileNotFoundError, match="there is no directory"):
+        train.plan.print_plan(CONFIG, "1", "cpu:8", as_json=True, hlo=hlo)
+    assert "compiling" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -193,6 +240,9 @@ def test_a_preset_is_planned_without_its_weights(capsys, monkeypatch):
     generate(argv)
     found = json.loads(capsys.readouterr().out)
     assert (found["context"], found["dtype"], found["decode"]["mesh"]) == (32, "float32", "tensor=2")
+    assert set(KEYS) <= set(found)
+    assert found["matmul_flops_per_chip"] == found["decode"]["matmul_flops_per_chip"]
+    assert found["hbm_peak_bytes"] == found["hbm_arguments_bytes"] + found["hbm_temporaries_bytes"]
 
 
 def test_weights_that_no_mesh_can_hold_are_refused_with_the_smallest_slice_that_would():

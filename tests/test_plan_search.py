@@ -4,15 +4,14 @@ import dataclasses
 
 import jax
 import pytest
-from jax.sharding import AxisType
 
 import train.plan
 import train.search
 from benchmarks.plan_table import SERVING, TRAINING, peer_seconds
-from llama_jax.mesh import parse_mesh, sharding_rules
+from llama_jax.mesh import make_mesh, parse_mesh, sharding_rules
 from llama_jax.model import REMAT_POLICIES
 from llama_jax.plan import Plan, rank, summary, try_each
-from llama_jax.slices import make_slice_mesh, open_slice, parse_slice
+from llama_jax.slices import parse_slice
 from tests.tiny import TINY
 from train.config import DataConfig, PhaseConfig, RunConfig, StageConfig, TrainConfig, read_config
 
@@ -39,7 +38,7 @@ def test_every_mesh_that_is_tried_is_legal_for_the_model_and_divides_every_batch
     assert len({train.search.spec(sizes) for sizes in meshes}) == len(meshes)
     for sizes in meshes:
         assert parse_mesh(train.search.spec(sizes), 8) == sizes
-        rules = sharding_rules(CONFIG.model, make_slice_mesh(train.search.spec(sizes), jax.devices(), 1))
+        rules = sharding_rules(CONFIG.model, make_mesh(train.search.spec(sizes), jax.devices()))
         assert all(rows % rules.batch_multiple == 0 for rows in (16, 8))
 
 
@@ -140,16 +139,6 @@ def test_a_searched_plan_prints_the_best_and_the_others(capsys):
     printed = capsys.readouterr().out
     assert "the best tried" in printed
     assert "remat full" in printed
-
-
-def test_a_mesh_over_slices_keeps_all_but_data_within_one():
-    devices = open_slice(CPU8)
-    mesh = make_slice_mesh("data=4,tensor=2", devices, 2)
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "context": 1, "tensor0": 2}
-    assert [device.id for device in mesh.devices[:2].flat] == [0, 1, 2, 3]
-    assert set(mesh.axis_types) == {AxisType.Explicit}
-    with pytest.raises(ValueError, match='data=1 cannot run over 2 slices; give data=2 .* as in "data=2,fsdp=-1"'):
-        make_slice_mesh("fsdp=8", devices, 2)
 
 
 def test_the_rows_of_the_table_have_the_measures_parts():

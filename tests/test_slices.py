@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from llama_jax.slices import CHIPS, Slice, open_slice, parse_slice, slice_shapes, smallest_slice, wraps
+from llama_jax.slices import CHIPS, Slice, open_slice, parse_slice, slice_shapes, smallest_slice, use_slice, wraps
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,8 @@ from llama_jax.slices import CHIPS, Slice, open_slice, parse_slice, slice_shapes
         ("v6e-8", Slice("v6e", (2, 4)), 8),
         ("v6e-1", Slice("v6e", (1, 1)), 1),
         ("2xv5p:8x8x8", Slice("v5p", (8, 8, 8), 2), 1024),
+        ("tpu7x:4x4x4", Slice("tpu7x", (4, 4, 4)), 128),
+        ("tpu7x-16", Slice("tpu7x", (2, 2, 2)), 16),
         ("cpu:8", Slice("cpu", (8,)), 8),
         ("h100:8", Slice("h100", (8,)), 8),
         ("8xh100:8", Slice("h100", (8,), 8), 64),
@@ -59,7 +61,7 @@ def test_a_slice_that_does_not_exist_is_one_line_that_says_what_does(text, messa
         parse_slice(text)
 
 
-@pytest.mark.parametrize("kind", ["v4", "v5p", "v5e", "v6e"])
+@pytest.mark.parametrize("kind", ["v4", "v5p", "v5e", "v6e", "tpu7x"])
 def test_every_shape_that_can_be_rented_can_be_named(kind):
     shapes = slice_shapes(kind)
     assert all(parse_slice(str(Slice(kind, shape))).shape == shape for shape in shapes)
@@ -88,8 +90,8 @@ def test_whole_cubes_and_whole_pods_are_rings():
     assert wraps((8, 16)) == (False, True, False)
 
 
-# In matrix units of 128 x 128; one of v6e's, 256 x 256, makes four.
-UNITS = {"v4": 8, "v5p": 8, "v5e": 4, "v6e": 16}
+# In matrix units of 128 x 128; one of v6e's and tpu7x's, 256 x 256, makes four.
+UNITS = {"v4": 8, "v5p": 8, "v5e": 4, "v6e": 16, "tpu7x": 16}
 
 
 @pytest.mark.parametrize("kind", UNITS)
@@ -104,7 +106,31 @@ def test_a_cpu_slice_is_this_processs_devices():
         open_slice(parse_slice("cpu:9"))
 
 
+def test_a_mesh_that_leaves_chips_of_a_slice_unused_is_refused():
+    with pytest.raises(ValueError, match=r"mesh 'fsdp=3' uses 3 of the 4 chips of v4:2x2x1; give one axis -1"):
+        use_slice(parse_slice("v4:2x2x1"), "fsdp=3").__enter__()
+
+
 def test_a_missing_compiler_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps libtpu"):
         open_slice(parse_slice("v5e:2x2"))
+
+
+def test_prices_come_from_the_users_file_and_else_from_the_list(tmp_path, monkeypatch):
+    file = tmp_path / "prices.toml"
+    file.write_text('v4 = 1.5\n"a100-40" = 2\n')
+    monkeypatch.setenv("LLAMA_JAX_PRICES", str(file))
+    assert [parse_slice(name).price for name in ("v4-8", "a100-40:8", "v5p-8")] == [1.5, 2, CHIPS["v5p"].price]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("v4 = ", "is not TOML"), ("v9 = 1.0", "v9 = 1.0; expected dollars an hour"), ('v4 = "2"', "v4 = '2'")],
+)
+def test_a_file_that_is_no_table_of_prices_is_refused(tmp_path, monkeypatch, text, message):
+    file = tmp_path / "prices.toml"
+    file.write_text(text)
+    monkeypatch.setenv("LLAMA_JAX_PRICES", str(file))
+    with pytest.raises(ValueError, match=message):
+        _ = parse_slice("v4-8").price

@@ -40,6 +40,7 @@ from train.optimizer import (
     num_micro_batches,
     train_step,
 )
+from train.watching.expected import Expected
 from train.watching.goodput import EventLog
 from train.watching.metrics import MetricsLog, peak_flops, plot_loss, progress_line
 from train.watching.trackers import open_trackers
@@ -77,6 +78,7 @@ class Stage:
         self.extension = Extension(config, name, run_dir, self.heldout, tokenizer)
         self._schedule = learning_rate_schedule(self.settings)
         self._programs: dict[tuple[int, int], jax.stages.Compiled] = {}
+        self._expected: Expected | None = None
         # Skipped steps that the log tells of, and returns to the newest checkpoint.
         self._skipped = self._rollbacks = 0
 
@@ -129,7 +131,7 @@ class Stage:
                 batch = next(stream)
                 waited = stream.take_wait()
                 batch = put_batch(batch, rules, rows=mine, num_rows=self.settings.phase_rows(phase))
-                step = self._program(state, batch, phase)
+                step = self._program(state, batch, phase, done=progress.phase_step)
                 state, metrics = step(state, batch)
                 progress = _advanced(progress, phase.batch_tokens, stream.state())
                 self.watchdog.step_done(metrics.loss)
@@ -142,8 +144,8 @@ class Stage:
                 self._stopped = self.stop.agreed()
         return state, progress
 
-    def _program(self, state: TrainState, batch: Any, phase: PhaseConfig) -> jax.stages.Compiled:
-        """The compiled step of a phase."""
+    def _program(self, state: TrainState, batch: Any, phase: PhaseConfig, *, done: int) -> jax.stages.Compiled:
+        """The compiled step of a phase; done: steps of the stage before it."""
         shape = batch.tokens.shape
         if shape not in self._programs:
             with self._aside("compile", state):
@@ -152,6 +154,8 @@ class Stage:
                 self._programs[shape] = step.lower(state, batch).compile()
                 say(f"compiled in {time.perf_counter() - began:.0f} s")
                 check_program("a training step", self._programs[shape], get_mesh().devices.flat, ways=WAYS)
+                flops = phase.batch_tokens * self.model.train_flops_per_token(phase.seq_len)
+                self._expected = Expected(self._programs[shape], model_flops=flops, first_step=done)
         return self._programs[shape]
 
     def _after_phase(self, state: TrainState, progress: Progress) -> Progress:
@@ -263,6 +267,8 @@ class Stage:
         left = self.settings.tokens_after(planned) / max(speed.tokens_per_second, 1e-9)
         say(progress_line(values, step=progress.phase_step, num_steps=total, seconds_left=left))
         seconds = 1 / max(speed.steps_per_second, 1e-9)
+        for line in self._expected.compare(progress.phase_step, seconds) if self._expected else ():
+            say(line)
         self.peers.tell(step_seconds=seconds, data_seconds=seconds * speed.data_wait)
         for line in slow_processes(self.peers.records()) if self.peers.process == 0 else ():
             say(f"slow: {line}")

@@ -22,7 +22,7 @@ from llama_jax.entry import say
 from llama_jax.memory import bytes_a_device
 from llama_jax.mesh import ShardingRules, tensor_axes
 from llama_jax.model import Llama, padded_vocab
-from llama_jax.plan import Plan, Terms, gib, plan, rank, rows, summary, table, try_each
+from llama_jax.plan import Plan, Terms, check_directory, gib, plan, rank, rows, sources, summary, table, try_each
 from llama_jax.program import Buffer
 from llama_jax.slices import GIB, Slice, all_slices, parse_slice, use_slice
 from train.checkpoints import initial_state
@@ -62,6 +62,7 @@ def print_plan(
         raise ValueError(f"config {config.name} has no stage {stage!r}; it has {', '.join(config.stage)}")
     if reason := never_fits(config, stage, target):
         raise ValueError(f"{model_name(config.stage_model(stage))}: {reason}")
+    check_directory(hlo)
     use_compilation_cache()
     tried: Tried = []
     if search_seconds:
@@ -205,7 +206,7 @@ def _report(
 ) -> dict[str, Any]:
     """The plan with what follows from it for a phase of the stage."""
     settings, target = config.stage[stage], parse_slice(found.slice)
-    chip, steps = target.chip, settings.phase_steps()[settings.phases.index(phase)]
+    price, steps = target.price, settings.phase_steps()[settings.phases.index(phase)]
     seconds = found.estimated_step_seconds
     hours = seconds and seconds * steps * found.chips / 3600
     checkpoint, largest = stored
@@ -216,16 +217,17 @@ def _report(
         "batch_tokens": phase.batch_tokens,
         "remat": config.run.remat,
         "tokens_per_second": seconds and phase.batch_tokens / seconds,
-        "tokens_per_dollar": seconds and phase.batch_tokens / seconds * 3600 / (found.chips * chip.price),
+        "tokens_per_dollar": phase.batch_tokens / seconds * 3600 / (found.chips * price) if seconds and price else None,
         "stage_tokens": steps * phase.batch_tokens,
         "stage_days": seconds and seconds * steps / _SECONDS_PER_DAY,
         "device_hours": hours,
-        "cost": hours and hours * chip.price,
+        "cost": hours * price if hours and price else None,
         "checkpoint_bytes": checkpoint,
         "checkpoint_seconds": checkpoint / num_hosts / STORE_BANDWIDTH,
         "host_ram_to_load_bytes": max(GIB, largest * min(target.chips_per_host, found.chips)),
         "disk_bytes": (config.run.keep_checkpoints + 1) * checkpoint,
         "advice": None,
+        "sources": sources(found) | {"cost": "by its price", "checkpoint_seconds": "assumed"},
     }
 
 
@@ -235,11 +237,14 @@ def _lines(found: Plan, report: dict[str, Any]) -> list[tuple[str, str, str]]:
     if report["advice"]:
         lines.append(("what to change", "compiled", report["advice"]))
     if report["stage_days"]:
-        speed, dollar = report["tokens_per_second"], report["tokens_per_dollar"]
+        speed, hours = f"{report['tokens_per_second']:,.0f} tokens/s", f"{report['device_hours']:,.0f} chip-hours"
+        if report["cost"]:
+            speed += f", {report['tokens_per_dollar']:,.0f} a dollar"
+            hours += f", ${report['cost']:,.0f}"
         lines += [
-            ("speed", "estimated", f"{speed:,.0f} tokens/s, {dollar:,.0f} a dollar"),
+            ("speed", "estimated", speed),
             ("the phase", "estimated", f"{report['stage_tokens']:.3g} tokens in {report['stage_days']:,.1f} days"),
-            ("cost", "list price", f"{report['device_hours']:,.0f} chip-hours, ${report['cost']:,.0f}"),
+            ("cost", "by its price", hours),
         ]
     stored = f"{gib(report['checkpoint_bytes'])}, written in {report['checkpoint_seconds']:.0f} s at 1 GB/s a host"
     lines += [
