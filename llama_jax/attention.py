@@ -1,13 +1,15 @@
 """Attention of grouped queries over keys and values that are never repeated.
 
 The one place that picks a kernel by platform: tiles on CPUs (kernels/tiled.py) for a gradient, splash on TPUs
-(kernels/splash.py), elsewhere the reference in blocks. The invariant: a query sees a key if the key's
-position is not after its own and both belong to the same document. Positions and documents are data, so
-packed rows, right padding and any order of the sequence over the mesh need no other mask.
+(kernels/splash.py), cuDNN on GPUs that have it (kernels/cudnn.py), elsewhere the reference in blocks; over the
+pages of a cache kernels/paged_tpu.py and kernels/paged_gpu.py, elsewhere the gather. The invariant: a query sees
+a key if the key's position is not after its own and both belong to the same document. Positions and documents
+are data, so packed rows, right padding and any order of the sequence over the mesh need no other mask.
 
 Letters: B batch, T queries, S keys, K KV heads, G query heads per KV head, H head dimension, M = T * G.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
 from llama_jax.kernels import SAVED_NAME, Tokens, visible
+from llama_jax.kernels.paged import Pages, gather_pages, page_positions
 from llama_jax.kernels.tiled import tiled_attention
 from llama_jax.kernels.two_ended import places, plain
 
@@ -26,6 +29,8 @@ from llama_jax.kernels.two_ended import places, plain
 _MAX_GROUPS = 8
 _MIN_BLOCK = 128
 _MAX_BLOCK = 512
+_MAX_SCORES = 2**26  # of `gathered_attention`, at once
+_LANES = 128
 LONGEST_IN_BLOCKS = 2048  # tokens of a sequence, on CPUs
 
 
@@ -37,12 +42,11 @@ def attend(q: Array, k: Array, v: Array, *, queries: Tokens, keys: Tokens, out_s
     """
     q_split, kv_split = jax.typeof(q).sharding.spec, jax.typeof(k).sharding.spec
     slots = kv_split[2]
-    merged_axes = () if slots is None else (slots,) if isinstance(slots, str) else tuple(slots)
     key_rows = None if keys.positions.shape[0] == 1 else kv_split[0]
     query_split, key_split = PartitionSpec(*q_split[:2]), PartitionSpec(key_rows, slots)
     keys = jax.tree.map(lambda ids: reshard(ids, key_split), keys)
     out = jax.shard_map(
-        partial(_attend_here, merged_axes=merged_axes),
+        partial(_attend_here, merged_axes=mesh_axes(slots)),
         in_specs=(q_split, kv_split, kv_split, query_split, key_split),
         out_specs=q_split,
     )(q, k, v, queries, keys)
@@ -74,6 +78,69 @@ def _attend_here(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, *,
     return (out / total[..., None]).transpose(0, 2, 1, 3, 4).astype(v.dtype)
 
 
+def attend_pages(q: Array, pages: Pages, table: Array, positions: Array) -> Array:
+    """`attend` of q [B, T, K, G, H] at positions int32 [B, T] over the pages that table int32 [B, N] names.
+
+    A query sees the tokens of its row that are not after it. Every data shard has rows and pages of its
+    own; where the mesh splits the slots of a page, the partial softmaxes are merged. Split as q is.
+    """
+    pages_split = jax.tree.map(lambda pool: jax.typeof(pool).sharding.spec, pages)
+    rows, heads, slots, _ = pages_split.k
+    split, whole = PartitionSpec(rows, None, heads, None, None), PartitionSpec(rows, None)
+    kernel = _paged_kernel(jax.sharding.get_abstract_mesh().abstract_device)
+    run = jax.shard_map(
+        partial(kernel, axes=mesh_axes(slots)),
+        in_specs=(split, pages_split, whole, whole),
+        out_specs=split,
+        check_vma=False,
+    )
+    out = run(reshard(q, split), pages, reshard(table, whole), reshard(positions, whole))
+    return reshard(out, jax.typeof(q).sharding.spec)
+
+
+def page_head_dim(head_dim: int) -> int:
+    """Elements that a head has in a page: on TPUs whole lanes, or the pool would be copied to be read."""
+    on_tpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "tpu"
+    return -(-head_dim // _LANES) * _LANES if on_tpu else head_dim
+
+
+def _paged_kernel(device: Any) -> Callable[..., Array]:
+    """What attends over pages on one device of a mesh: takes and gives what `gathered_attention` does."""
+    if device.platform == "tpu":
+        from llama_jax.kernels.paged_tpu import paged_attention
+
+        return partial(paged_attention, otherwise=gathered_attention)
+    if device.platform != "cpu":
+        from llama_jax.kernels.cudnn import suits
+
+        if suits(device.device_kind):  # as there, what is not known to have all that the kernel needs is not picked
+            with contextlib.suppress(ImportError):  # jax means to leave Triton behind
+                from llama_jax.kernels.paged_gpu import paged_attention
+
+                return partial(paged_attention, otherwise=gathered_attention)
+    return gathered_attention
+
+
+def gathered_attention(q: Array, pages: Pages, table: Array, positions: Array, *, axes: tuple[str, ...] = ()) -> Array:
+    """The reference over pages: those of each row are put in order, and then attended to.
+
+    q [B, T, K, G, H] at positions int32 [B, T], table int32 [B, N]; axes are those of the mesh that split
+    the slots of a page. Queries are taken in blocks whose scores are bounded.
+    """
+    k, v = (x[..., : q.shape[4]] for x in gather_pages(pages, table, q.dtype))
+    keys, queries = Tokens(page_positions(pages, table, axes=axes), None), Tokens(positions, None)
+    num_scores = q.shape[0] * q.shape[2] * q.shape[3] * k.shape[2]  # of one query a row
+    block = max(1, _MAX_SCORES // num_scores)
+    if q.shape[1] <= block:
+        return _attend_here(q, k, v, queries, keys, merged_axes=axes)
+    return _attend_group(q, queries, k, v, keys, block=block, merged_axes=axes)
+
+
+def mesh_axes(split: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a PartitionSpec."""
+    return () if split is None else (split,) if isinstance(split, str) else tuple(split)
+
+
 def self_attend(q: Array, k: Array, v: Array, *, tokens: Tokens) -> Array:
     """`attend` of a sequence over itself; here k and v are [B, T, K, H], whole in T.
 
@@ -82,7 +149,7 @@ def self_attend(q: Array, k: Array, v: Array, *, tokens: Tokens) -> Array:
     """
     q_split, kv_split = jax.typeof(q).sharding.spec, jax.typeof(k).sharding.spec
     num_shards = 1 if q_split[1] is None else jax.sharding.get_abstract_mesh().shape[q_split[1]]
-    kernel = _kernel(jax.sharding.get_abstract_mesh().abstract_device.platform)
+    kernel = _kernel(jax.sharding.get_abstract_mesh().abstract_device)
     whole = PartitionSpec(q_split[0], None)
 
     def attend_here(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens) -> Array:
@@ -102,14 +169,21 @@ def self_attend(q: Array, k: Array, v: Array, *, tokens: Tokens) -> Array:
     return run(q, k, v, tokens, jax.tree.map(lambda ids: reshard(ids, whole), tokens))
 
 
-def _kernel(platform: str) -> Callable[[Array, Array, Array, Tokens, Tokens, Array], Array]:
-    """What attends on one device: q [B, T, K, G, H], k and v [B, K, S, H], queries, keys, places int32 [T]."""
-    if platform == "cpu":
+def _kernel(device: Any) -> Callable[[Array, Array, Array, Tokens, Tokens, Array], Array]:
+    """What attends on one device of a mesh: q [B, T, K, G, H], k and v [B, K, S, H], queries, keys, places int32 [T].
+
+    device: its platform and device_kind are looked at.
+    """
+    if device.platform == "cpu":
         return cpu_attention
-    if platform == "tpu":
+    if device.platform == "tpu":
         from llama_jax.kernels.splash import splash_attention  # Pallas takes a tenth of a second to import
 
         return splash_attention
+    from llama_jax.kernels.cudnn import cudnn_attention, suits
+
+    if suits(device.device_kind):
+        return partial(cudnn_attention, otherwise=blocked_attention)
     return blocked_attention
 
 
@@ -130,12 +204,11 @@ cpu_attention.defvjp(lambda *args: jax.vjp(tiled_attention, *args), lambda pull,
 
 
 def blocked_attention(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, places: Array) -> Array:
-    """The reference in blocks of queries, by XLA alone, where no kernel is built: on GPUs.
+    """The reference in blocks of queries, by XLA alone, where no kernel keeps documents apart: on many GPUs.
 
     Takes and gives what `tiled_attention` does. Each of a few groups of queries skips the keys after the
     last that any of them sees on any device. Its blocks run one after the other and are computed again
-    for the gradient, so that memory grows with S and not with T * S. cuDNN's kernel, which JAX can call,
-    takes no segment ids, and its packed form is wrong for grouped queries in jax 0.10.2.
+    for the gradient, so that memory grows with S and not with T * S.
     """
     del places  # shapes alone say the last that any device has
     length, num_shards = q.shape[1], k.shape[2] // q.shape[1]
@@ -152,10 +225,19 @@ def blocked_attention(q: Array, k: Array, v: Array, queries: Tokens, keys: Token
     return checkpoint_name(jnp.concatenate(groups, axis=1), SAVED_NAME)
 
 
-def _attend_group(q: Array, queries: Tokens, k: Array, v: Array, keys: Tokens) -> Array:
-    """Queries over all of these keys, a block of at most _MAX_BLOCK at a time."""
+def _attend_group(
+    q: Array,
+    queries: Tokens,
+    k: Array,
+    v: Array,
+    keys: Tokens,
+    *,
+    block: int = _MAX_BLOCK,
+    merged_axes: tuple[str, ...] = (),
+) -> Array:
+    """Queries over all of these keys, a block at a time."""
     length = q.shape[1]
-    block = min(length, _MAX_BLOCK)
+    block = min(length, block)
 
     def blocks(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -length % block), *((0, 0),) * (x.ndim - 2)))
@@ -163,7 +245,7 @@ def _attend_group(q: Array, queries: Tokens, k: Array, v: Array, keys: Tokens) -
 
     @jax.checkpoint
     def attend_block(part: tuple[Array, Tokens]) -> Array:
-        return _attend_here(part[0], k, v, part[1], keys, merged_axes=())
+        return _attend_here(part[0], k, v, part[1], keys, merged_axes=merged_axes)
 
     out = jnp.moveaxis(jax.lax.map(attend_block, jax.tree.map(blocks, (q, queries))), 0, 1)
     return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :length]

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec, reshard
 
-from llama_jax.attention import attend, self_attend
+from llama_jax.attention import self_attend
 from llama_jax.cache import LayerCache
 from llama_jax.config import LlamaConfig
 from llama_jax.kernels import SAVED_NAME, Tokens
@@ -114,7 +114,6 @@ class Attention(nnx.Module):
         )
         k = rotate(einsum("BTD,DKH->BTKH", x, self.wk[...], out_sharding=split("kv_heads", None)), *angles)
         v = einsum("BTD,DKH->BTKH", x, self.wv[...], out_sharding=split("kv_heads", None))
-        heads = split("kv_heads", "q_groups", None)
         alone = cache is None or cache.empty
         if cache is not None:
             cache = cache.update(k, v, tokens.positions)
@@ -122,12 +121,7 @@ class Attention(nnx.Module):
             whole = self.rules("batch", None, "kv_heads", None)
             out = self_attend(q, reshard(k, whole), reshard(v, whole), tokens=tokens)
         else:
-            k, v, keys = cache.read()
-            # The mesh axes that split queries here split the cache's slots there: every device
-            # scores all queries of its KV heads against the slots that it holds.
-            q = reshard(q, self.rules("batch", None, "kv_heads", None, None))
-            queries = Tokens(reshard(tokens.positions, self.rules("batch", None)), None)
-            out = attend(q, k, v, queries=queries, keys=keys, out_sharding=heads)
+            out = cache.attend(q, tokens.positions)
         return einsum("BTKGH,KGHD->BTD", out, self.wo[...], out_sharding=split(None)), cache
 
 
