@@ -28,16 +28,18 @@ from llama_jax.entry import run_entry
 # What is measured of each shape when --what is not given.
 DEFAULT = {
     "demo": ("prefill", "decode1", "decode8", "train"),
-    "100m": ("train",),
+    "12m": ("train", "train2048"),
+    "100m": ("train", "train2048"),
     "1b": ("prefill", "decode1", "decode8"),
 }
 REQUESTS = {
     "prefill": {"task": "prefill", "rows": 1, "length": 512},
     "decode1": {"task": "decode", "rows": 1, "length": 64, "steps": 32},
     "decode8": {"task": "decode", "rows": 8, "length": 64, "steps": 32},
-    "train": {"task": "train", "rows": 2, "length": 512},
+    "train": {"task": "train", "length": 512},
+    "train2048": {"task": "train", "length": 2048},
 }
-TRAIN_ROWS = {"demo": 8}
+TRAIN_TOKENS = {"demo": 4096, "12m": 4096}  # of a step; of other shapes 1,024, or one row
 
 PRODUCT_SIZE = 4096
 VECTOR_SIZE = 16_384  # 1 GiB of float32, more than any cache
@@ -58,8 +60,8 @@ def measure_shape(shape: str, what: Sequence[str], repeats: int, dtypes: Sequenc
     rows = []
     for name in what:
         request = dict(REQUESTS[name])
-        if name == "train":
-            request["rows"] = TRAIN_ROWS.get(shape, request["rows"])
+        if request["task"] == "train":
+            request["rows"] = max(1, TRAIN_TOKENS.get(shape, 1024) // request["length"])
         rows.append({"shape": shape, "what": name, **measure_row(shape, request, repeats, workers, limits)})
         print(table_row(rows[-1]), flush=True)
     for worker in workers:
@@ -150,8 +152,10 @@ def table_row(row: dict) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shape", choices=("tiny", "demo", "100m", "1b"), help="default: all but tiny")
-    parser.add_argument("--what", help="some of prefill,decode1,decode8,train; default: what the shape is for")
+    parser.add_argument("--shape", choices=("tiny", "demo", "12m", "100m", "1b"), help="default: all but tiny")
+    parser.add_argument(
+        "--what", help="some of prefill,decode1,decode8,train,train2048; default: what the shape is for"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds of each library")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of llama_jax")
     parser.add_argument("--transformers-dtype", default="float32", choices=("float32", "bfloat16"))

@@ -20,6 +20,9 @@ from train.config import OptimizerConfig, PhaseConfig, StageConfig, read_config
 SHAPES: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(512, 2, 64, 160, 8, 2, 16, max_seq_len=8192),
     "demo": read_config("demo").stage_model("2"),
+    "12m": LlamaConfig(
+        8192, 6, 384, 1024, 6, 2, 64, rope=RopeConfig(factor=1.0), tie_embeddings=True, max_seq_len=8192
+    ),
     "100m": LlamaConfig(
         32_000, 12, 768, 2048, 12, 4, 64, rope=RopeConfig(factor=1.0), tie_embeddings=True, max_seq_len=8192
     ),

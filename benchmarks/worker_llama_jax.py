@@ -14,6 +14,7 @@ from benchmarks.shapes import OPTIMIZER, constant_rate_stage, random_tokens
 from benchmarks.worker import answer_requests
 from infer.engine import Engine
 from infer.sampling import SamplingParams
+from infer.sizes import CacheOptions
 from llama_jax.model import Llama
 from train.data.packing import Batch
 from train.device import put_batch
@@ -24,7 +25,7 @@ class Inference:
     """One engine for every request, so that only a new bucket compiles."""
 
     def __init__(self, model: Llama):
-        self._engine = Engine(model)
+        self._engine = Engine(model, cache=CacheOptions(share_prefixes=False))  # every prompt is computed
 
     def prefill(self, rows: int, length: int) -> dict:
         """From tokens on the host to the first new token of every row on the host."""

@@ -21,7 +21,7 @@ from train.watching.metrics import read_metrics
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def start(run_dir: str, *options: str, processes: int = 1) -> list[subprocess.Popen]:
+def start(run_dir: str, *options: str, processes: int = 1, mesh: str = "fsdp=-1") -> list[subprocess.Popen]:
     """Stage 1 of the tiny run, in so many processes of one device each."""
     address, started = free_address(), []
     for process in range(processes):
@@ -40,7 +40,7 @@ def start(run_dir: str, *options: str, processes: int = 1) -> list[subprocess.Po
             "--run-dir",
             run_dir,
         ]
-        options_here = ["--set", "run.mesh=fsdp=-1", "--set", "run.trackers=[]", *options]
+        options_here = ["--set", f"run.mesh={mesh}", "--set", "run.trackers=[]", *options]
         started.append(
             subprocess.Popen([*command, *options_here], env=os.environ | own, stderr=subprocess.PIPE, text=True)
         )
@@ -68,6 +68,15 @@ def test_two_processes_train_as_one_does_and_one_goes_on_from_two(workdir):
     (alone,) = ended(start("two"))
     assert alone[0] == 0 and "resuming at step 3" in alone[1], alone[1]
     assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
+
+
+def test_four_processes_that_split_rows_and_sequences_train_as_one_does(workdir):
+    often = ("--set", "run.log_every=1")
+    (alone,) = ended(start("one", *often))
+    assert alone[0] == 0, alone[1]
+    for status, text in ended(start("four", *often, processes=4, mesh="fsdp=2,context=2")):
+        assert status == 0, text
+    assert len(losses("one")) == 8 and losses("four") == pytest.approx(losses("one"), rel=1e-5)
 
 
 def test_sigterm_to_one_of_two_saves_one_step_in_both_and_ends_with_its_status(workdir):
