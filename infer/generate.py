@@ -11,7 +11,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infer.conversation import Conversation, chat_notice, dialog
 from infer.entry import (
@@ -38,6 +38,9 @@ DEFAULT_PROMPT = 'def read_config(path):\n    """'
 
 # Of an answer in a conversation, where --max-new-tokens is not given.
 ANSWER_TOKENS = 2048
+
+# What is told of a result elsewhere.
+_OF_SERVING = ("top_logprobs", "prompt_logprobs", "prompt_top_logprobs", "cached_tokens")
 
 # Above this number of parameters a step takes so long that a stream shows every token by itself.
 _LARGE = 100_000_000
@@ -202,7 +205,8 @@ def _readable(result: "Result") -> str:
 
 def json_line(engine: "Engine", result: "Result", prompt: str | list[int]) -> str:
     """The result and the speed of its run as one JSON object."""
-    line = asdict(result) | {"prompt": prompt if isinstance(prompt, str) else None}
+    line: dict[str, Any] = {key: value for key, value in asdict(result).items() if key not in _OF_SERVING}
+    line["prompt"] = prompt if isinstance(prompt, str) else None
     for speed in ("prefill_tokens_per_second", "decode_tokens_per_second"):
         line[speed] = getattr(engine.throughput, speed)
     return json.dumps(line)

@@ -1,19 +1,27 @@
 """The host's side of one request: tokens become text, and stop tokens and strings end it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from infer.sampling import SamplingParams
 from llama_jax.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from infer.grammar import Constraint
+
 
 @dataclass
 class Result:
-    """One continued prompt: what went in, what came out and why it ended ("stop" or "length").
+    """One continued prompt: what went in, what came out and why it ended ("stop", "length" or "abort").
 
     tokens and logprobs include the token that stopped the text; text does not. Without a tokenizer
-    text is None, and so is prompt where tokens or messages were given.
+    text is None, and so is prompt where tokens or messages were given. The likeliest tokens of a place
+    are (token, log-probability) pairs, as many as were asked for, the likeliest first; what was not
+    asked for is empty or None. Of the prompt's first token there is no log-probability. cached_tokens
+    counts those of the prompt that were found in the cache.
     """
 
     prompt: str | None
@@ -22,6 +30,10 @@ class Result:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
+    cached_tokens: int = 0
 
 
 class Request:
@@ -32,13 +44,27 @@ class Request:
     is held back until it is not, so that a stream never shows part of one.
     """
 
-    def __init__(self, result: Result, params: SamplingParams, tokenizer: Tokenizer | None, room: int):
-        """Up to room tokens may be added. Raises ValueError for stop strings without a tokenizer."""
+    def __init__(
+        self,
+        result: Result,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        room: int,
+        *,
+        allowed: np.ndarray | None = None,
+    ):
+        """Up to room tokens may be added, all or the allowed, bits as in `infer.sampling.token_mask`.
+
+        constraint, where one is set before the request is added, says before each token what may come. Raises
+        ValueError for stop strings without a tokenizer.
+        """
         if params.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         self.result = result
         self.params = params
         self.room = room
+        self.constraint: Constraint | None = None
+        self._allowed = allowed
         own = frozenset() if tokenizer is None or params.ignore_eos else tokenizer.stop_ids
         self.stop_tokens = own | frozenset(params.stop_tokens)
         self._longest_stop = max(map(len, params.stop), default=0)
@@ -55,13 +81,27 @@ class Request:
         """Whether more tokens are wanted."""
         return self.result.finish_reason is None
 
-    def push(self, tokens: np.ndarray, logprobs: np.ndarray) -> str:
+    @property
+    def special(self) -> bool:
+        """Whether its tokens are chosen with more than the logits and settings of its row, or more is told of them."""
+        asked = self.params.logprobs > 0 or self.params.prompt_logprobs is not None
+        return asked or self.params.needs_history or self.constraint is not None or self._allowed is not None
+
+    def may(self) -> np.ndarray | None:
+        """The bits uint32 [ceil(V / 32)] of the tokens that may come next; None if all may."""
+        if self.constraint is None:
+            return self._allowed
+        bits = self.constraint.mask()
+        return bits if self._allowed is None else bits & self._allowed
+
+    def push(self, tokens: np.ndarray, logprobs: np.ndarray, likeliest: Sequence[list[tuple[int, float]]] = ()) -> str:
         """Take new tokens, -1 after the last, until the text ends; returns the text that may be shown now."""
-        for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
+        for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
             if token < 0 or not self.unfinished:
                 break
             self.result.tokens.append(token)
             self.result.logprobs.append(logprob)
+            self.result.top_logprobs += likeliest[i : i + 1]
             self._advance(token)
         return self._show()
 
@@ -72,7 +112,9 @@ class Request:
         else:
             if self._add(self._decode(token)):
                 return
-            if len(result.tokens) == self.room:
+            if self.constraint is not None and (not self.constraint.accept(token) or self.constraint.finished):
+                result.finish_reason = "stop"
+            elif len(result.tokens) == self.room:
                 result.finish_reason = "length"
         if not self.unfinished and self._tokenizer is not None:
             self._add(self._stream.flush())

@@ -1,29 +1,20 @@
-"""The engine against transformers' generate, against itself on other meshes, and on texts that it must cut rightly."""
+"""The engine against transformers' generate, and against itself on other meshes, in other batches, with less room."""
 
 import dataclasses
+import itertools
 import logging
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from flax import nnx
-from tokenizers import decoders, pre_tokenizers
 
 import llama_jax
 from infer.engine import Engine
-from infer.request import Request, Result
 from infer.sampling import SamplingParams
-from llama_jax.config import LlamaConfig
-from llama_jax.model import Llama
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from infer.sizes import CacheOptions
 from tests.reference import hf_model, save_hf
 from tests.tiny import TINY, VARIANTS
-
-HELLO = "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0928\u092e\u0938\u094d\u0924\u0947 "  # Thai, Hindi
-HELLO += "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # three people joined into one family
 
 
 def generate_alone(engine: Engine, prompts, params) -> list[list[int]]:
@@ -124,57 +115,79 @@ def test_nothing_compiles_after_the_first_run_of_a_bucket(engine, caplog):
         return sum("Finished XLA compilation" in record.message for record in caplog.records)
 
     before = engine.num_compiled
-    assert compilations([3] * 20) == 2
+    assert compilations([3] * 20) == 3  # with the larger pool
     assert compilations([4] * 17) == compilations([5] * 24) == 0
     assert engine.num_compiled == before + 2
 
 
-def test_decoding_takes_a_flat_tuple_of_weights_and_donates_the_caches(engine, monkeypatch):
+def test_decoding_takes_a_flat_tuple_of_weights_and_donates_what_is_held(engine, monkeypatch):
     calls = []
-    call = engine._call
-    monkeypatch.setattr(engine, "_call", lambda *args, **static: calls.append(args) or call(*args, **static))
+    programs = engine._rounds.programs
+    run = programs._run
+    monkeypatch.setattr(programs, "_run", lambda call: calls.append(call) or run(call))
     engine.generate([1, 2, 3], SamplingParams(max_new_tokens=20))
-    decodes = [args for function, *args in calls if function is engine._decode]
+    decodes = [args for function, args, _ in calls if function is programs._decode]
     assert len(decodes) == 3  # 19 tokens after the first, 8 in a dispatch, none for nothing
-    for weights, state, caches, _ in decodes:
+    for weights, held, *_ in decodes:
         assert type(weights) is tuple and all(isinstance(leaf, jax.Array) for leaf in weights)
         assert not any(leaf.is_deleted() for leaf in weights)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state, caches)))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held))
 
 
-def test_the_caches_come_out_where_they_went_in(engine):
+def test_the_pages_come_out_where_they_went_in(engine):
     engine.generate([1, 2, 3], SamplingParams(max_new_tokens=20))
-    decode = next(compiled for key, compiled in engine._compiled.items() if key[0] is engine._decode)
-    cache_bytes = 32 * ODD.cache_bytes_per_token(bytes_per_value=4)
+    programs = engine._rounds.programs
+    decode = next(compiled for key, compiled in programs.compiled.items() if key[0] is programs._decode)
     memory = decode.memory_analysis()
-    assert memory.alias_size_in_bytes > cache_bytes
+    assert memory.alias_size_in_bytes > 64 * ODD.cache_bytes_per_token(bytes_per_value=4)
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1000
 
 
-def test_buckets_stay_within_the_context_and_the_batch(odd_engine):
+def test_the_pool_is_as_large_as_the_requests_need_within_the_context_and_the_batch(odd_engine):
     engine = odd_engine("data=1", max_seq_len=1000, max_batch_size=3)
 
-    def allocated(*lengths, new):
+    def pages(*lengths, new):
         requests = engine.requests([[1] * length for length in lengths], SamplingParams(max_new_tokens=new))
-        tokens, state, num_slots = engine._padded(requests)
-        return *tokens.shape, num_slots
+        return engine._rounds._pages_for(requests)
 
-    assert allocated(700, new=8) == (1, 1000, 1000)
-    assert allocated(5, 9, new=8) == (2, 16, 32)
-    assert allocated(5, 9, 300, new=100) == (3, 512, 512)
-
-
-def test_buckets_are_multiples_of_what_the_mesh_divides(odd_engine):
-    engine = odd_engine("context=2,tensor=4", max_seq_len=999)
-    (request,) = engine.requests([1] * 700)
-    tokens, _, num_slots = engine._padded([request])
-    assert (tokens.shape, num_slots) == ((1, 1000), 1000)
-    assert engine.rules.cache_multiple == 4
+    assert pages(700, new=8) == 16
+    assert pages(5, 9, new=8) == 2
+    assert pages(5, 9, 300, new=100) == 3 * 8
+    assert pages(5, 9, 3, 2, 7, new=1000) == 3 * 16
 
 
-def test_an_abandoned_stream_leaves_no_trace(engine, alone):
+def test_a_longer_request_beside_others_makes_the_pool_larger_and_changes_no_token(odd_engine, alone):
+    engine = odd_engine("data=1", max_batch_size=3)
+    (short,), (long,) = engine.requests(PROMPTS[0], PARAMS[0]), engine.requests([7] * 100, PARAMS[0])
+    first = engine.run([short])
+    next(first)
+    for _ in itertools.zip_longest(engine.run([long]), first):
+        pass
+    assert short.result.tokens == alone[0]
+    assert [long.result.tokens] == generate_alone(engine, [[7] * 100], PARAMS[:1])
+
+
+def test_a_batch_is_a_multiple_of_what_the_mesh_divides(odd_engine):
+    batches = odd_engine("context=2,tensor=4", max_seq_len=999)._rounds._batches
+    assert (batches.page_size, batches.length(9, fresh=True), batches.prefill_chunk) == (64, 16, 512)
+    batches = odd_engine("data=8", max_batch_size=20)._rounds._batches
+    assert (batches.num_shards, batches.num_rows) == (8, 3)
+
+
+def test_runs_beside_each_other_give_each_its_own_text(engine, alone):
+    requests = [engine.requests([prompt], p) for prompt, p in zip(PROMPTS, PARAMS, strict=True)]
+    runs = [engine.run(one) for one in requests]
+    while any(request.unfinished for (request,) in requests):
+        for run in runs:
+            next(run, None)
+    assert [request.result.tokens for (request,) in requests] == alone
+
+
+def test_an_abandoned_run_leaves_no_trace(engine, alone):
     for _ in engine.run(engine.requests(PROMPTS, PARAMS)):
         break
+    stats = engine.stats()
+    assert (stats.waiting, stats.running, stats.pages_free) == (0, 0, stats.pages_total)
     assert generate_alone(engine, PROMPTS[:2], PARAMS[:2]) == alone[:2]
 
 
@@ -197,183 +210,28 @@ def test_the_first_token_comes_after_compiling_and_prefill_of_the_first_batch(od
     assert engine.throughput.first_token_seconds == pytest.approx(engine.throughput.prefill_seconds, abs=0.05)
 
 
-def test_a_batch_that_does_not_fit_is_refused_and_a_smaller_one_then_runs(odd_engine, monkeypatch):
+def test_where_memory_is_short_a_shorter_context_is_served_and_the_youngest_waits(odd_engine, capsys):
+    engine = odd_engine("data=1")
+    prompts, params = [[i] * 130 for i in range(2)], SamplingParams(max_new_tokens=70)
+    expected = [engine.generate(prompt, params)[0].tokens for prompt in prompts]
+    page = 64 * ODD.cache_bytes_per_token(bytes_per_value=4)
+    small = odd_engine("data=1", cache=CacheOptions(num_bytes=7 * page))
+    assert small.max_seq_len == 7 * 64
+    assert "room for 448 tokens, which is the context that is served" in capsys.readouterr().err
+    assert [result.tokens for result in small.generate(prompts, params)] == expected
+    assert small.stats().preemptions > 0
+    with pytest.raises(ValueError, match="leaves no room in a context of 448"):
+        small.generate([1] * 448)
+    with pytest.raises(ValueError, match="the cache needs 32,768 bytes on each device for 64 tokens, and has 9"):
+        odd_engine("data=1", cache=CacheOptions(num_bytes=9))
+
+
+def test_a_program_that_does_not_fit_is_refused_and_a_smaller_one_then_runs(odd_engine, monkeypatch):
     engine = odd_engine("data=1")
     small = engine.generate([1] * 10)[0].tokens
-    monkeypatch.setattr("llama_jax.memory.bytes_left", lambda devices: 1_000_000)
-    with pytest.raises(ValueError, match=r"this batch needs .* \(temporaries .*, results .*\), but 0.001 GB are left"):
-        engine.generate([[1] * 900] * 8)
+    engine._rounds.make_room(engine.requests([[1] * 400] * 2))
+    monkeypatch.setattr("llama_jax.memory.bytes_left", lambda devices: 10_000)
+    with pytest.raises(ValueError, match=r"this batch needs .* \(temporaries .*, results .*\), but 1e-05 GB are left"):
+        engine.generate([[1] * 400] * 2)
+    monkeypatch.undo()
     assert engine.generate([1] * 10)[0].tokens == small
-
-
-# What it makes of the tokens. The model below says token i + 1 after token i, and each token is one byte of a text.
-
-
-SIZE = 128
-
-
-@pytest.fixture(scope="module")
-def successor() -> Llama:
-    cfg = LlamaConfig(SIZE, num_layers=1, embed_dim=SIZE, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=2)
-    cfg = dataclasses.replace(cfg, max_seq_len=2 * SIZE)
-    with llama_jax.use_mesh("data=1"):
-        model = jax.jit(lambda: jax.tree.map(jnp.zeros_like, Llama(cfg, rngs=nnx.Rngs(0), layout="layers")))()
-        model.embedding, model.final_norm.scale = nnx.Param(jnp.eye(SIZE)), nnx.Param(jnp.ones(SIZE))
-        model.head = nnx.Param(jnp.roll(jnp.eye(SIZE), 1, axis=0))
-    return model
-
-
-@pytest.fixture(scope="module")
-def speaker(successor):
-    """speaker(text, ...): an engine that after any prompt of text says this text, a byte a token."""
-    engine = Engine(successor, max_batch_size=1)
-    prompt = [0] * (SIZE // 2 + 1)  # so that every test below falls into one bucket
-
-    def say(text: str, stop_ids=(), **fields) -> Engine:
-        token_bytes = [bytes([byte]) for byte in b"\n" + text.encode()]
-        engine.tokenizer = Tokenizer(lambda text: prompt, token_bytes, {}, None, None, 0, frozenset(stop_ids), **fields)
-        return engine
-
-    return say
-
-
-def test_a_stream_never_gives_half_a_character(speaker):
-    engine = speaker(HELLO)
-    num_bytes = len(HELLO.encode())
-    pieces = list(engine.stream("x", SamplingParams(max_new_tokens=num_bytes)))
-    assert "".join(pieces) == HELLO
-    assert len(pieces) >= num_bytes // 8 and not any("\ufffd" in piece for piece in pieces)
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_a_byte_level_vocabulary_streams_whole_characters(chunk, tmp_path):
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
-    )
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path)
-    ids = tokenizer.encode(HELLO)
-    request = Request(Result("a", tokenizer.encode("a")), SamplingParams(), tokenizer, len(ids))
-    chunks = [np.array(ids[i : i + chunk]) for i in range(0, len(ids), chunk)]
-    pieces = [request.push(part, np.zeros(len(part))) for part in chunks]
-    assert "".join(pieces) == request.result.text == HELLO
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
-def test_a_character_cut_off_at_the_end_becomes_a_replacement_character(speaker):
-    (result,) = speaker("ab\U0001f600").generate("x", SamplingParams(max_new_tokens=4))
-    assert (result.text, result.finish_reason) == ("ab\ufffd", "length")
-
-
-def test_text_continues_a_character_that_the_prompt_began(speaker):
-    (result,) = speaker("\u0e2a!").generate([0] * (SIZE // 2) + [1, 2], SamplingParams(max_new_tokens=2))
-    assert result.text == "\u0e2a!"
-
-
-def test_a_continuation_keeps_its_first_space_where_the_vocabulary_drops_that_of_a_text(speaker):
-    (result,) = speaker(" day", drops_first_space=True).generate("x", SamplingParams(max_new_tokens=4))
-    assert result.text == " day"
-
-
-@pytest.mark.parametrize(
-    ("stop", "text", "num_tokens"),
-    [
-        (("END",), "one, two: ENemy ", 19),
-        (("two",), "one, ", 8),
-        (("xyz", "y E", ": ", "two:"), "one, ", 9),  # "two:" ends first
-        (("e",), "on", 3),
-        (("after",), "one, two: ENemy END aft", 23),
-    ],
-)
-def test_a_stop_string_ends_the_text_wherever_tokens_and_dispatches_split_it(speaker, stop, text, num_tokens):
-    engine = speaker("one, two: ENemy END after")
-    params = SamplingParams(max_new_tokens=23, stop=stop)
-    requests = engine.requests("x", params)
-    pieces = [piece for _, piece in engine.run(requests)]
-    result = requests[0].result
-    assert "".join(pieces) == result.text == text
-    assert result.tokens == list(range(1, num_tokens + 1)) and len(result.logprobs) == num_tokens
-    assert result.finish_reason == ("length" if stop == ("after",) else "stop")
-
-
-def test_half_a_character_before_a_stop_token_is_not_lost_and_after_a_stop_string_is(speaker):
-    engine = speaker("a\U0001f600b")
-    assert engine.generate("x", SamplingParams(max_new_tokens=9, stop_tokens=(4,)))[0].text == "a\ufffd"
-    assert engine.generate("x", SamplingParams(max_new_tokens=9, stop=("a",)))[0].text == ""
-
-
-def test_stop_tokens_end_the_tokens_but_are_not_part_of_the_text(speaker):
-    engine = speaker("abcdefghijklmnopqrstuvwxyz", stop_ids=[12])
-    results = engine.generate(
-        ["x"] * 4,
-        [
-            SamplingParams(max_new_tokens=20),
-            SamplingParams(max_new_tokens=20, stop_tokens=(5, 3)),
-            SamplingParams(max_new_tokens=20, ignore_eos=True),
-            SamplingParams(max_new_tokens=12),
-        ],
-    )
-    assert [result.text for result in results] == ["abcdefghijk", "ab", "abcdefghijklmnopqrst", "abcdefghijk"]
-    assert [len(result.tokens) for result in results] == [12, 3, 20, 12]
-    assert [result.finish_reason for result in results] == ["stop", "stop", "length", "stop"]
-
-
-def test_tokens_that_only_the_model_knows_add_no_text(speaker):
-    (result,) = speaker("abc").generate("x", SamplingParams(max_new_tokens=6))
-    assert (result.text, result.tokens) == ("abc", [1, 2, 3, 4, 5, 6])
-
-
-def test_a_prompt_that_fills_the_context_but_one_gets_one_token_and_compiles_no_decoding(successor):
-    engine = Engine(successor, max_seq_len=SIZE)
-    (result,) = engine.generate([1] * (SIZE - 1), SamplingParams(max_new_tokens=9))
-    assert (result.tokens, result.finish_reason, engine.num_compiled) == ([2], "length", 1)
-    with pytest.raises(ValueError, match=f"{SIZE} tokens, which leaves no room in a context of {SIZE}"):
-        engine.generate([1] * SIZE)
-
-
-def test_no_prompts_give_no_results(successor):
-    assert Engine(successor).generate([]) == []
-
-
-@pytest.mark.parametrize(
-    ("prompts", "params", "message"),
-    [
-        ("", None, "the prompt is empty"),
-        ([[]], None, "the prompt is empty"),
-        ([1, SIZE], None, f"prompt token {SIZE} is outside the vocabulary of {SIZE}"),
-        ([-1], None, "prompt token -1 is outside"),
-        ("text", None, "needs a tokenizer"),
-        ([{"role": "user", "content": "hi"}], None, "needs a tokenizer"),
-        ([1], SamplingParams(stop=("x",)), "stop strings need a tokenizer"),
-        ([[1], [2]], [SamplingParams()] * 3, "2 prompts but 3 sampling parameters"),
-    ],
-)
-def test_what_cannot_be_continued_is_an_error_that_says_why(successor, prompts, params, message):
-    with pytest.raises(ValueError, match=message):
-        Engine(successor).generate(prompts, params)
-
-
-def test_a_stream_refuses_its_prompt_at_once(successor):
-    engine = Engine(successor)
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        engine.stream([])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_seq_len": 2 * SIZE + 1}, "max_seq_len=257 must be between 1 and the model's 256"),
-        ({"max_batch_size": 0}, "max_batch_size=0"),
-        ({"steps_per_dispatch": 0}, "steps_per_dispatch=0"),
-    ],
-)
-def test_an_engine_refuses_sizes_out_of_range(successor, options, message):
-    with pytest.raises(ValueError, match=message):
-        Engine(successor, **options)
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(successor):
-    tokenizer = Tokenizer(lambda text: [0], [b"a"] * (SIZE + 1), {}, None, None, 0, frozenset())
-    with pytest.raises(ValueError, match="the tokenizer has 129 tokens but the model 128"):
-        Engine(successor, tokenizer)

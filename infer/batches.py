@@ -1,0 +1,150 @@
+"""The arrays of a dispatch on the host: which rows take part, their pages, and the chunks of their prompts.
+
+The invariant: a batch is a bucket of shapes in which every place starts off (row beyond all, page -1, no tokens
+left), so that the arrays of a bucket alone are enough to compile it. Each shard of the batch axes has as many places.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from infer.sampling import SamplingParams, row_settings
+from infer.scheduler import Chunk, bucket, chunk_length
+from infer.scheduler import Sequence as Row
+from infer.sizes import prefill_rows, prefill_shapes, table_width, table_widths
+from infer.steps import AFTER_ALL, NUM_STOPS, Batch, Prompts, RowState
+
+
+def filled_up(tokens: Sequence[int], size: int) -> np.ndarray:
+    """Tokens int32 [size], -1 after the last."""
+    return np.array([*tokens, *[-1] * (size - len(tokens))], np.int32)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches for num_shards x num_rows rows of at most pages_a_row pages of page_size tokens.
+
+    A decode dispatch has at least least_rows rows a shard.
+    """
+
+    num_shards: int
+    num_rows: int
+    pages_a_row: int
+    page_size: int
+    prefill_chunk: int
+    length_multiple: int
+    vocab_size: int
+    least_rows: int = 1
+
+    def off(self, rows: int, width: int, *, full: bool) -> Batch:
+        """Rows a shard that do nothing."""
+        num = self.num_shards * rows
+        words = -(-self.vocab_size // 32)
+        allowed = np.full((num, words), 2**32 - 1, np.uint32) if full else None
+        return Batch(np.full((num, width), -1, np.int32), np.full(num, self.num_rows, np.int32), allowed)
+
+    def off_prompts(self, rows: int, length: int, params: Sequence[SamplingParams] = (), *, told: bool) -> Prompts:
+        """Chunks without tokens. params are those of the first rows."""
+        num = self.num_shards * rows
+        off = np.zeros(num, np.int32)
+        stops = np.full((num, NUM_STOPS), -1, np.int32)
+        settings = row_settings([*params, *[SamplingParams()] * (num - len(params))], stops=stops)
+        positions = np.full((num, length), AFTER_ALL, np.int32)
+        targets = np.full((num, length), -1, np.int32) if told else None
+        return Prompts(np.zeros_like(positions), positions, RowState(off, off - 1, off.copy(), settings), targets)
+
+    def decode(self, sequences: Sequence[Row]) -> tuple[list[int], Batch]:
+        """The place of each sequence in the batch, and the batch."""
+        rows = self._decode_rows(max(Counter(s.shard for s in sequences).values()))
+        width = table_width(max(len(s.pages) for s in sequences), self.pages_a_row, self.page_size)
+        batch = self.off(rows, width, full=any(s.request.special for s in sequences))
+        places = self._places(sequences, rows)
+        self._enter(batch, places, sequences)
+        batch.rows[places] = [s.row for s in sequences]
+        return places, batch
+
+    def prefill(self, chunks: Sequence[Chunk]) -> tuple[list[int], Prompts, Batch]:
+        """The place of each chunk in the batch, the chunks and the batch; rows are named where a chunk is the last."""
+        sequences = [chunk.sequence for chunk in chunks]
+        fresh = chunks[0].start == 0
+        length = self.length(max(stop - start for _, start, stop in chunks), fresh=fresh)
+        count = max(Counter(s.shard for s in sequences).values())
+        rows = prefill_rows(count, length, self.prefill_chunk, self.num_rows, fresh=fresh)
+        pages = max(len(s.pages) for s in sequences)
+        width = self.fresh_width(length) if fresh else table_width(pages, self.pages_a_row, self.page_size)
+        batch = self.off(rows, width, full=any(s.request.special for s in sequences))
+        places = self._places(sequences, rows)
+        self._enter(batch, places, sequences)
+        params = [SamplingParams()] * (self.num_shards * rows)
+        for place, sequence in zip(places, sequences, strict=True):
+            params[place] = sequence.request.params
+        told = any(s.request.params.prompt_logprobs is not None for s in sequences)
+        prompts = self.off_prompts(rows, length, params, told=told)
+        for place, chunk in zip(places, chunks, strict=True):
+            self._enter_chunk(prompts, batch, place, chunk)
+        return places, prompts, batch
+
+    def length(self, tokens: int, *, fresh: bool) -> int:
+        """To how many tokens a chunk is padded."""
+        length = chunk_length(tokens, self.prefill_chunk, fresh=fresh)
+        return -(-length // self.length_multiple) * self.length_multiple
+
+    def fresh_width(self, length: int) -> int:
+        """Pages of the table of chunks that begin their prompts."""
+        return -(-length // self.page_size)
+
+    def _decode_rows(self, count: int) -> int:
+        return max(self.least_rows, bucket(count, self.num_rows))
+
+    def _places(self, sequences: Sequence[Row], rows: int) -> list[int]:
+        before: Counter[int] = Counter()
+        places = []
+        for sequence in sequences:
+            places.append(sequence.shard * rows + before[sequence.shard])
+            before[sequence.shard] += 1
+        return places
+
+    def _enter(self, batch: Batch, places: Sequence[int], sequences: Sequence[Row]) -> None:
+        """Write pages and what may come into the places of a batch."""
+        width = batch.table.shape[1]
+        for place, sequence in zip(places, sequences, strict=True):
+            pages = sequence.pages[:width]
+            batch.table[place, : len(pages)] = pages
+            may = sequence.request.may() if batch.allowed is not None else None
+            if may is not None and batch.allowed is not None:
+                batch.allowed[place] = may
+
+    def _enter_chunk(self, prompts: Prompts, batch: Batch, place: int, chunk: Chunk) -> None:
+        sequence, start, stop = chunk
+        request, start_state = sequence.request, prompts.start
+        prompts.tokens[place, : stop - start] = sequence.tokens[start:stop]
+        prompts.positions[place, : stop - start] = np.arange(start, stop)
+        if prompts.targets is not None:
+            after = sequence.tokens[start + 1 : stop + 1]
+            prompts.targets[place, : len(after)] = after
+        if stop == sequence.to_fill:
+            batch.rows[place] = sequence.row
+            start_state.positions[place] = stop - 1
+            start_state.left[place] = sequence.limit - stop
+        stops = sorted(request.stop_tokens)[:NUM_STOPS]
+        start_state.settings.stops[place, : len(stops)] = stops
+        least = request.params.min_new_tokens
+        start_state.settings.stops_from[place] = len(request.result.prompt_tokens) + least if least else 0
+
+    def every_decode(self) -> Iterator[Batch]:
+        """A batch of every bucket, off."""
+        for rows in sorted({self._decode_rows(count) for count in range(1, self.num_rows + 1)}):
+            for width in table_widths(self.pages_a_row, self.page_size):
+                yield from (self.off(rows, width, full=full) for full in (False, True))
+
+    def every_prefill(self) -> Iterator[tuple[Prompts, Batch, bool]]:
+        """Chunks and a batch of every bucket, off, and whether the chunks begin their prompts."""
+        for fresh in (True, False):
+            for rows, tokens in prefill_shapes(self.prefill_chunk, self.num_rows, fresh=fresh):
+                length = self.length(tokens, fresh=fresh)
+                prompts = self.off_prompts(rows, length, told=False)
+                widths = [self.fresh_width(length)] if fresh else table_widths(self.pages_a_row, self.page_size)
+                for width in widths:
+                    yield from ((prompts, self.off(rows, width, full=full), fresh) for full in (False, True))

@@ -1,0 +1,159 @@
+"""The compiled programs of a model, and the arrays that stay on its devices from dispatch to dispatch.
+
+Weights are passed as a flat tuple, because flattening a module costs milliseconds a call; pages, rows and their
+history are donated to each dispatch and taken back from it, so that nothing has to be read in between. The
+invariant: each bucket of shapes compiles once, and what has compiled is known to fit.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from infer import steps
+from infer.sampling import Choice, History, SamplingParams, empty_history, row_settings
+from infer.steps import NUM_STOPS, Batch, Held, Prompts, RowState, Told, split_rows
+from llama_jax.cache import init_pages
+from llama_jax.memory import check_program
+from llama_jax.model import Llama
+
+_WAYS = "fewer prompts at a time, a shorter prefill_chunk or more devices"
+
+# A jitted function, its arguments, and those that are static.
+Call = tuple[Any, tuple, dict[str, Any]]
+
+
+class Programs:
+    """Prefill and decode of one model. Batches with allowed tokens run with all that only some rows need."""
+
+    def __init__(self, model: Llama, *, num_rows: int, num_steps: int):
+        """num_rows: of all shards; num_steps: the most that one dispatch decodes."""
+        self.cfg, self.rules, self.num_rows = model.cfg, model.rules, num_rows
+        leaves, tree = jax.tree.flatten(model)
+        self.weights = tuple(leaves)
+        self.mesh = leaves[0].sharding.mesh
+        self.compiled: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+        self._held: Held | None = None
+        self._history: History | None = None
+        self._prefill = jax.jit(partial(steps.prefill, tree), static_argnames="fresh", donate_argnames="held")
+        self._decode = jax.jit(partial(steps.decode, tree, num_steps), donate_argnames="held")
+        self._remember = jax.jit(partial(steps.remember, model.rules), donate_argnames="history")
+        self._embed = jax.jit(partial(steps.embed, tree))
+
+    def open(self, num_pages: int, page_size: int, dtype: Any) -> None:
+        """Allocate empty pools of num_pages pages, those of all shards, and rows that are off."""
+        self._held = None  # before the new ones, so that the memory is there
+        with jax.set_mesh(self.mesh):
+            self._held = jax.jit(partial(self._allocate, num_pages, page_size, dtype))()
+
+    def _allocate(self, num_pages: int, page_size: int, dtype: Any) -> Held:
+        stops = np.full((self.num_rows, NUM_STOPS), -1, np.int32)
+        settings = row_settings([SamplingParams()] * self.num_rows, stops=stops)
+        off = np.zeros(self.num_rows, np.int32)
+        state = split_rows(self.rules, RowState(off, off, off, settings))
+        return Held(init_pages(self.cfg, self.rules, num_pages, page_size, dtype=dtype), state, None)
+
+    def prefill(self, prompts: Prompts, batch: Batch, *, fresh: bool) -> tuple[Choice, Told | None]:
+        """Store chunks of prompts; where they are the last, tokens [B, 1] that follow, and what targets ask for.
+
+        fresh: every chunk is the first of its prompt, so that its tokens see each other alone. Raises ValueError
+        as `decode` does.
+        """
+        choice, told = self._advance(self._prefill_call(prompts, batch, fresh))
+        return choice, told
+
+    def decode(self, batch: Batch, num_steps: int) -> Choice:
+        """Decode up to so many steps of every row; tokens [B, steps of the program], -1 after a row's last.
+
+        Raises ValueError if the devices have not the memory that a new bucket needs.
+        """
+        (choice,) = self._advance(self._decode_call(batch, num_steps))
+        return choice
+
+    def remember(self, row: np.ndarray, prompt: np.ndarray, generated: np.ndarray) -> None:
+        """Set the history of one row anew; row int32 [shards] names it in its shard and is beyond all in the others."""
+        self._history = self._run((self._remember, (self._full_history(), row, prompt, generated), {}))
+
+    def embed(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[Array, Array]:
+        """Mean and last of the final hidden states float32 [B, D] of texts int32 [B, T]."""
+        return self._run((self._embed, (self.weights, tokens, lengths), {}))
+
+    def _prefill_call(self, prompts: Prompts, batch: Batch, fresh: bool) -> Call:
+        return self._prefill, (self.weights, self._holding(batch), prompts, batch), {"fresh": fresh}
+
+    def _decode_call(self, batch: Batch, num_steps: int) -> Call:
+        return self._decode, (self.weights, self._holding(batch), batch, np.int32(num_steps)), {}
+
+    def _holding(self, batch: Batch) -> Held:
+        assert self._held is not None
+        return self._held if batch.allowed is None else self._held._replace(history=self._full_history())
+
+    def _full_history(self) -> History:
+        """What each row holds; allocated when a row first needs it."""
+        if (history := self._history) is None:
+            with jax.set_mesh(self.mesh):
+                empty = partial(empty_history, self.num_rows, self.cfg.vocab_size)
+                self._history = history = jax.jit(lambda: split_rows(self.rules, empty()))()
+        return history
+
+    def _advance(self, call: Call) -> list[Any]:
+        held, *results = self._run(call)
+        if held.history is not None:
+            self._history = held.history
+        self._held = held._replace(history=None)
+        return results
+
+    def _run(self, call: Call) -> Any:
+        """Call a program, compiling it first, with the time taken apart, if its bucket is new."""
+        key, args = _key(call), call[1]
+        if key not in self.compiled:
+            jax.block_until_ready(args)  # or what still runs would be taken for compiling
+            began = time.perf_counter()
+            self._keep(key, self._lower(call).compile())
+            self.compile_seconds += time.perf_counter() - began
+        return self.compiled[key](*args)
+
+    def _keep(self, key: Any, compiled: Any) -> None:
+        check_program("this batch", compiled, self.mesh.devices.flat, ways=_WAYS)
+        self.compiled[key] = compiled
+
+    def _lower(self, call: Call) -> jax.stages.Lowered:
+        function, args, static = call
+        with jax.set_mesh(self.mesh):
+            return function.lower(*args, **static)
+
+    def warm(
+        self, decode: Iterable[Batch], prefill: Iterable[tuple[Prompts, Batch, bool]], bar: Callable[[int], Any]
+    ) -> None:
+        """Compile for all these batches, several at a time; bar hears of each that is done."""
+        calls = [self._decode_call(batch, 1) for batch in decode]
+        calls += [self._prefill_call(*chunks) for chunks in prefill]
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+            jobs = {}
+            for call in calls:
+                if (key := _key(call)) not in self.compiled and key not in jobs:
+                    jobs[key] = threads.submit(self._lower(call).compile)
+            for key, job in jobs.items():
+                self._keep(key, job.result())
+                bar(1)
+
+    def lower(
+        self, prompts: Prompts, fresh: bool, chunks: Batch, decode: Batch, *, num_pages: int, page_size: int, dtype: Any
+    ) -> tuple[jax.stages.Lowered, jax.stages.Lowered, Held]:
+        """Prefill and decode, and what they hold, for pools that are not there, on the ambient mesh."""
+        held = jax.eval_shape(partial(self._allocate, num_pages, page_size, dtype))
+        first = self._prefill.lower(self.weights, held, prompts, chunks, fresh=fresh)
+        return first, self._decode.lower(self.weights, held, decode, np.int32(1)), held
+
+
+def _key(call: Call) -> Any:
+    """What tells a bucket from others: shapes, and which of the optional arrays are there."""
+    function, (_, *args), static = call
+    return function, *(x.shape for x in jax.tree.leaves(args)), *static.values()

@@ -1,0 +1,375 @@
+"""Rounds of a running batch: what is planned is sent, and what the round before sent is read.
+
+A round plans with `infer/scheduler.py`, sends at most one prefill and one decode dispatch (`infer/programs.py`), and
+then reads what the round before it sent, so that the devices never wait for the host. The invariant: whatever is
+read belongs to a request that still wants it, and goes on exactly where its tokens ended.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from infer.batches import Batches, filled_up
+from infer.pages import PagePool
+from infer.programs import Programs
+from infer.request import Request
+from infer.sampling import Choice
+from infer.scheduler import MIN_CHUNK, Chunk, Scheduler, bucket
+from infer.scheduler import Sequence as Row
+from infer.sizes import CacheOptions, bytes_for_pages, page_bytes, page_size, platform
+from infer.steps import Told
+from infer.throughput import EngineStats, Throughput
+from llama_jax.entry import say
+from llama_jax.model import Llama
+from llama_jax.progress import progress
+
+
+class Dispatch(NamedTuple):
+    """What is on its way: the place of each sequence and how many tokens may come of it.
+
+    chunks is empty for decode; sent is what the clock showed.
+    """
+
+    places: list[int]
+    sequences: list[Row]
+    expected: list[int]
+    chunks: list[Chunk]
+    choice: Choice
+    told: Told | None
+    sent: float
+
+
+class Rounds:
+    """Requests of tokens on a pool of pages. For one thread."""
+
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        max_seq_len: int,
+        max_batch_size: int,
+        steps: int,
+        prefill_chunk: int,
+        cache: CacheOptions,
+    ):
+        """As the engine's; max_seq_len may turn out smaller."""
+        cfg, rules = model.cfg, model.rules
+        self.max_seq_len, self.throughput = max_seq_len, Throughput()
+        weights = jax.tree.leaves(model.embedding)[0]
+        on = platform(weights.sharding.mesh)
+        size, self._num_shards = page_size(max_seq_len, rules, on), rules.batch_multiple
+        self._batches = Batches(
+            num_shards=self._num_shards,
+            num_rows=-(-max_batch_size // self._num_shards),
+            pages_a_row=-(-max_seq_len // size),
+            page_size=size,
+            prefill_chunk=-(-prefill_chunk // rules.sequence_multiple) * rules.sequence_multiple,
+            length_multiple=rules.sequence_multiple,
+            vocab_size=cfg.vocab_size,
+            # Of one row XLA:TPU computes every weight product on the vector unit: twice the time of two.
+            least_rows=2 if on == "tpu" else 1,
+        )
+        self.programs = Programs(model, num_rows=self._num_shards * self._batches.num_rows, num_steps=steps)
+        self._dtype, self._cache, self._steps = cache.dtype or weights.dtype, cache, steps
+        self._pages, self._is_open = 0, False  # pages of a shard
+        self._scheduler = self._new_scheduler(0)
+        self._live: dict[Request, Row] = {}
+        self._uncounted: set[Request] = set()
+        self._in_flight: deque[Dispatch] = deque()
+        self._read_early: list[tuple[Request, str]] = []
+        self._prompt_tokens = self._prefix_hit_tokens = self._generated_tokens = 0
+        if isinstance(weights, jax.Array):
+            self._most_pages()
+
+    def _new_scheduler(self, pages: int) -> Scheduler:
+        return Scheduler(
+            self._new_pools(pages),
+            self._batches.num_rows,
+            prefill_chunk=self._batches.prefill_chunk,
+            steps=self._steps,
+            share_prefixes=self._cache.share_prefixes,
+        )
+
+    def _new_pools(self, pages: int) -> list[PagePool]:
+        return [PagePool(pages, self._batches.page_size) for _ in range(self._num_shards)]
+
+    # The pool.
+
+    def open(self) -> None:
+        """Make the pool as large as it may be, once."""
+        if not self._is_open:
+            self._resize(self._most_pages())
+            self._is_open = True
+
+    def make_room(self, requests: Sequence[Request]) -> None:
+        """Where the pool is smaller than requests need, make it as large as they need and it may be."""
+        wanted = self._pages_for(requests)
+        if self._is_open or wanted <= self._pages:
+            return
+        pages = min(wanted, self._most_pages())
+        # Memory comes and goes; for a little more nothing is compiled again.
+        if self._pages < self._pages_for(requests[:1]) or pages >= min(wanted, 5 * self._pages // 4):
+            self._resize(pages)
+
+    def _resize(self, pages: int) -> None:
+        """Begin again with an empty pool; what runs is computed again."""
+        if pages > self._pages:
+            self._read_early += self._receive(len(self._in_flight))
+            self.programs.open(self._num_shards * pages, self._batches.page_size, self._dtype)
+            self._scheduler.restart(self._new_pools(pages))
+            self._pages = pages
+
+    def _pages_for(self, requests: Sequence[Request]) -> int:
+        """Pages a shard for so many rows as requests can be in, each as long as the longest."""
+        batches = self._batches
+        longest = max((len(r.result.prompt_tokens) + r.room for r in requests), default=1)
+        rows = bucket(-(-min(len(requests), self.programs.num_rows) // self._num_shards), batches.num_rows)
+        return rows * bucket(-(-longest // batches.page_size), batches.pages_a_row)
+
+    def _most_pages(self) -> int:
+        """Pages a shard that all rows could fill and that fit.
+
+        If one row could not, a shorter context is served, which is said. Raises ValueError if not a page fits.
+        """
+        batches, rules = self._batches, self.programs.rules
+        cfg, mesh = self.programs.cfg, self.programs.mesh
+        size = page_bytes(cfg, mesh, rules, batches.page_size, self._dtype)
+        room, most = self._cache.num_bytes, batches.num_rows * batches.pages_a_row
+        if room is None:
+            rows, chunk = self.programs.num_rows, batches.prefill_chunk
+            held = self._pages * size
+            room = bytes_for_pages(cfg, mesh, self._dtype, num_rows=rows, prefill_chunk=chunk, held=held)
+            room = most * size if room is None else room
+        fit = max(self._pages, min(most, room // size))
+        if fit < 1:
+            raise ValueError(
+                f"the cache needs {size:,} bytes on each device for {batches.page_size} tokens, and has "
+                f"{room:,}; use a smaller model, more devices or a larger cache"
+            )
+        if fit * batches.page_size < self.max_seq_len:
+            self.max_seq_len = fit * batches.page_size
+            say(f"the cache has room for {self.max_seq_len:,} tokens, which is the context that is served")
+        return fit
+
+    # Requests.
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is not done."""
+        return bool(self._live)
+
+    def is_live(self, request: Request) -> bool:
+        """Whether it was added and is neither done nor dropped."""
+        return request in self._live
+
+    def add(self, request: Request) -> None:
+        """Let it wait for its turn. Raises ValueError if it is longer than the served context."""
+        row = self._row(request)
+        if row.limit > self.max_seq_len:
+            raise ValueError(
+                f"{row.limit:,} tokens of prompt and answer exceed the served context of {self.max_seq_len:,}"
+            )
+        self._live[request] = row
+        self._uncounted.add(request)
+        self._scheduler.add(row)
+
+    def _row(self, request: Request) -> Row:
+        tokens, whole = list(request.result.prompt_tokens), request.params.prompt_logprobs is not None
+        return Row(tokens, len(tokens) + request.room, request, whole)
+
+    def drop(self, request: Request) -> None:
+        """Let it go, done or not; its pages are free at once."""
+        if (row := self._live.pop(request, None)) is not None:
+            self._uncounted.discard(request)
+            self._scheduler.remove(row)
+
+    def stats(self) -> EngineStats:
+        """Where the engine stands."""
+        scheduler = self._scheduler
+        return EngineStats(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            pages_total=self._num_shards * self._pages,
+            pages_free=sum(pool.available for pool in scheduler.pools),
+            prompt_tokens=self._prompt_tokens,
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=scheduler.preemptions,
+            compilations=len(self.programs.compiled),
+        )
+
+    # A round.
+
+    def step(self, *, prefill_first: bool = False) -> list[tuple[Request, str]]:
+        """Send what is next and read what was sent before; every request that advanced, with text that may be shown.
+
+        prefill_first: no row decodes while a prompt waits that could be prefilled, as is best where nobody looks on.
+        """
+        scheduler = self._scheduler
+        # What may come next in a constrained text is known when its last token is.
+        if any(row.request.constraint is not None and row.in_flight for row in scheduler.running):
+            self._read_early += self._receive(len(self._in_flight))
+        late = len(self._in_flight)
+        if prefill_first:
+            chunks = scheduler.plan_prefill()
+            decoding = [] if chunks else scheduler.plan_decode()
+        else:
+            decoding = scheduler.plan_decode()
+            chunks = scheduler.plan_prefill()
+        if chunks:
+            self._send_prefill(chunks)
+        if decoding:
+            self._send_decode(decoding)
+        news, self._read_early = self._read_early + self._receive(late), []
+        return news
+
+    def _send_prefill(self, chunks: list[Chunk]) -> None:
+        places, prompts, batch = self._batches.prefill(chunks)
+        for row, _, stop in chunks:
+            self._count(row)
+            if stop == row.to_fill and row.request.params.needs_history:
+                self._remember(row)
+        sent, fresh = self.throughput.clock(), chunks[0].start == 0
+        choice, told = self._timed(partial(self.programs.prefill, prompts, batch, fresh=fresh))
+        self._scheduler.prefilled(chunks)
+        rows = [chunk.sequence for chunk in chunks]
+        self._in_flight.append(Dispatch(places, rows, [int(row.filled) for row in rows], chunks, choice, told, sent))
+
+    def _send_decode(self, rows: list[Row]) -> None:
+        places, batch = self._batches.decode(rows)
+        steps = 1 if any(row.request.constraint is not None for row in rows) else self._steps
+        sent = self.throughput.clock()
+        choice = self._timed(partial(self.programs.decode, batch, steps))
+        self._scheduler.decoded(rows, steps)
+        self._in_flight.append(Dispatch(places, rows, [steps] * len(rows), [], choice, None, sent))
+
+    def _timed(self, call: Any) -> Any:
+        before = self.programs.compile_seconds
+        try:
+            return call()
+        finally:
+            self.throughput.compile_seconds += self.programs.compile_seconds - before
+
+    def _count(self, row: Row) -> None:
+        """Count a request when it first has a row."""
+        if row.request in self._uncounted:
+            self._uncounted.remove(row.request)
+            row.request.result.cached_tokens = row.found
+            self._prompt_tokens += len(row.tokens)
+            self._prefix_hit_tokens += row.found
+
+    def _remember(self, row: Row) -> None:
+        """Put what a row holds on the devices, for its penalties."""
+        prompt, size = row.request.result.prompt_tokens, self._batches.pages_a_row * self._batches.page_size
+        where = np.full(self._num_shards, self._batches.num_rows, np.int32)
+        where[row.shard] = row.row
+        generated = filled_up(row.tokens[len(prompt) :], size)
+        self._timed(partial(self.programs.remember, where, filled_up(prompt, size), generated))
+
+    def _receive(self, count: int) -> list[tuple[Request, str]]:
+        """Read the oldest dispatches, waiting for them."""
+        news = []
+        for _ in range(count):
+            sent = self._in_flight.popleft()
+            choice, told = jax.tree.map(np.asarray, (sent.choice, sent.told))
+            before = self._generated_tokens
+            for i, (place, row) in enumerate(zip(sent.places, sent.sequences, strict=True)):
+                if self._live.get(row.request) is row:
+                    if told is not None:
+                        _tell(row.request, sent.chunks[i], jax.tree.map(lambda x, place=place: x[place], told))
+                    news += self._take(row, sent.expected[i], jax.tree.map(lambda x, place=place: x[place], choice))
+            new = self._generated_tokens - before
+            prefilled = sum(stop - start for _, start, stop in sent.chunks)
+            self.throughput.count(
+                sent.sent, prefill_tokens=prefilled, decode_tokens=0 if sent.chunks else new, first=new > 0
+            )
+        return news
+
+    def _take(self, row: Row, expected: int, choice: Choice) -> Iterator[tuple[Request, str]]:
+        """Give a request the new tokens of its row; it is done when they or their text end it."""
+        request, before = row.request, len(row.request.result.tokens)
+        num = int(np.sum(np.asarray(choice.tokens) >= 0))
+        likeliest = _pairs(choice.top_tokens[:num], choice.top_logprobs[:num], request.params.logprobs)
+        text = request.push(choice.tokens[:num], choice.logprobs[:num], likeliest)
+        new = request.result.tokens[before:]
+        self._generated_tokens += len(new)
+        self._scheduler.received(row, new, expected)
+        if not request.unfinished:
+            self.drop(request)
+        if new:
+            yield request, text
+
+    # Programs.
+
+    def warmup(self) -> None:
+        """Compile every bucket: those of batches with penalties, masks or log-probabilities, and of those without.
+
+        Left out are the log-probabilities of prompts, which compile when they are first asked for.
+        """
+        self.open()
+        decode, prefill = list(self._batches.every_decode()), list(self._batches.every_prefill())
+        shown = jax.process_index() == 0
+        with progress(len(decode) + len(prefill), desc="compiling", unit=" programs", shown=shown) as bar:
+            self.programs.warm(decode, prefill, bar.update)
+        nowhere = np.full(self._num_shards, self._batches.num_rows, np.int32)
+        nothing = filled_up([], self._batches.pages_a_row * self._batches.page_size)
+        self.programs.remember(nowhere, nothing, nothing)
+
+    def lower(self, requests: Sequence[Request]) -> tuple[jax.stages.Lowered, jax.stages.Lowered, tuple[Any, ...]]:
+        """The last prefill and decode of requests, were they alone, and the abstract pools, on the ambient mesh."""
+        pages = self._pages_for(requests)
+        scheduler = self._new_scheduler(pages)
+        for request in requests:
+            scheduler.add(self._row(request))
+        chunks = last = scheduler.plan_prefill()
+        while chunks:
+            last = chunks
+            scheduler.prefilled(chunks)
+            chunks = scheduler.plan_prefill()
+        for row in scheduler.running:
+            row.pages += scheduler.pools[row.shard].take(scheduler.pools[row.shard].num_for(row.limit) - len(row.pages))
+        _, prompts, batch = self._batches.prefill(last)
+        _, decode = self._batches.decode(scheduler.running)
+        first, after, held = self.programs.lower(
+            prompts,
+            not last[0].start,
+            batch,
+            decode,
+            num_pages=self._num_shards * pages,
+            page_size=self._batches.page_size,
+            dtype=self._dtype,
+        )
+        return first, after, held.pages
+
+    def embed(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and last of the final hidden states of a text, float32 [D]."""
+        length = self._batches.length_multiple
+        length = bucket(max(MIN_CHUNK, len(tokens)), self.programs.cfg.max_seq_len, length)
+        rows = np.zeros((self._num_shards, length), np.int32)
+        rows[:, : len(tokens)] = tokens
+        mean, last = self._timed(partial(self.programs.embed, rows, np.full(self._num_shards, len(tokens), np.int32)))
+        return np.asarray(mean)[0], np.asarray(last)[0]
+
+
+def _pairs(tokens: Any, logprobs: Any, count: int) -> list[list[tuple[int, float]]]:
+    """The likeliest tokens of each place, as a result has them; [] if none are asked for."""
+    if not count:
+        return []
+    return [
+        list(zip(t[:count], p[:count], strict=True)) for t, p in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+    ]
+
+
+def _tell(request: Request, chunk: Chunk, told: Told) -> None:
+    """Give a request the log-probabilities of the tokens of its prompt that follow those of a chunk."""
+    result, count = request.result, request.params.prompt_logprobs
+    if count is None or result.prompt_logprobs is None or result.prompt_top_logprobs is None:
+        return
+    first, stop = chunk.start + 1, min(chunk.stop + 1, len(result.prompt_tokens))
+    result.prompt_logprobs[first:stop] = told.logprobs[: stop - first].tolist()
+    pairs = _pairs(told.top_tokens[: stop - first], told.top_logprobs[: stop - first], count)
+    result.prompt_top_logprobs[first:stop] = pairs or [[]] * (stop - first)

@@ -1,0 +1,234 @@
+"""Who runs next: requests join and leave a running batch, a round at a time, as pages of the cache allow.
+
+In a round each row that is decoding gets pages for the steps of one dispatch, and one dispatch of chunks of
+prompts is planned beside it (Sarathi, arXiv 2403.02310), so that a long prompt stalls nobody. When pages run out the
+youngest sequence gives up its own and is computed again later. Pure Python, nothing here touches a device.
+
+The invariant: what is planned stands in pages that the sequence holds, and the oldest sequence always gets on.
+A sequence lives in one shard of the batch: rows and pages are numbered within it.
+"""
+
+from collections import deque
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from infer.pages import PagePool, extend_names
+
+# Chunks of a prompt are padded to a power of two, or four, times as many tokens.
+MIN_CHUNK = 16
+
+
+def bucket(number: int, limit: int | None = None, multiple: int = 1, *, base: int = 2) -> int:
+    """The next power of base, at most limit, rounded up to what the mesh divides."""
+    size = 1
+    while size < number:
+        size *= base
+    return -(-min(size, limit or size) // multiple) * multiple
+
+
+def chunk_length(tokens: int, limit: int, *, fresh: bool) -> int:
+    """To how many tokens a chunk is padded, at most limit; coarser where a table makes for more programs."""
+    return bucket(max(MIN_CHUNK, tokens), limit, base=2 if fresh else 4)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens that grow: a prompt and what is known of its continuation, up to limit in all.
+
+    to_fill: its tokens when it was given a row; cached: how many tokens stand in its pages once all that is
+    dispatched has run; found: how many of them were there already when it first had a row; in_flight: tokens that
+    may come of what is dispatched; whole: nothing of it is looked for in the cache.
+    """
+
+    tokens: list[int]
+    limit: int
+    request: Any = None
+    whole: bool = False
+    shard: int = 0
+    row: int = -1
+    pages: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    to_fill: int = 0
+    cached: int = 0
+    found: int = -1
+    in_flight: int = 0
+
+    @property
+    def filled(self) -> bool:
+        """Whether its last chunk is dispatched, so that it decodes."""
+        return self.cached >= self.to_fill > 0
+
+    @property
+    def longest(self) -> int:
+        """How many tokens it has when all that is in flight has come."""
+        return min(len(self.tokens) + self.in_flight, self.limit)
+
+
+class Chunk(NamedTuple):
+    """Tokens start to stop of a sequence that are prefilled together."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+
+class Scheduler:
+    """Sequences that wait and sequences that have a row, the oldest first."""
+
+    def __init__(
+        self,
+        pools: List[PagePool],
+        num_rows: int,
+        *,
+        prefill_chunk: int,
+        steps: int,
+        share_prefixes: bool = True,
+    ):
+        """A pool and num_rows rows for each shard; every pool holds the longest sequence.
+
+        prefill_chunk: tokens of prompts that a shard computes in a dispatch; steps: those of a decoding row.
+        """
+        self.pools = pools
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._num_rows, self._chunk, self._steps = num_rows, prefill_chunk, steps
+        self._share_prefixes = share_prefixes
+        self._free_rows = [list(range(num_rows))[::-1] for _ in pools]
+
+    def add(self, sequence: Sequence) -> None:
+        """Let it wait for its turn."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """It has ended, wherever it is; its pages are free at once."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def restart(self, pools: List[PagePool]) -> None:
+        """Go on with other pools, which are empty; nothing may be in flight."""
+        for sequence in reversed(self.running):
+            self._release(sequence)
+            self.waiting.appendleft(sequence)
+        self.running, self.pools = [], pools
+
+    def plan_decode(self) -> list[Sequence]:
+        """The sequences that decode now, the oldest first, with pages for all steps of a dispatch."""
+        planned = []
+        for sequence in list(self.running):
+            if sequence.filled and sequence.longest < sequence.limit and self._reserve(sequence):
+                planned.append(sequence)
+        return planned
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Give it the pages that it is going to write; false if it had to give up its own."""
+        pool = self.pools[sequence.shard]
+        missing = self._num_pages(sequence) - len(sequence.pages)
+        while sequence.row >= 0 and pool.available < missing:
+            self._preempt(next(s for s in reversed(self.running) if s.shard == sequence.shard))
+        if sequence.row >= 0:
+            sequence.pages += pool.take(max(0, missing))
+        return sequence.row >= 0
+
+    def _num_pages(self, sequence: Sequence) -> int:
+        """How many pages it needs for the steps of one dispatch; its last token of all is never cached."""
+        return self.pools[sequence.shard].num_for(min(sequence.longest + self._steps - 1, sequence.limit - 1))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        pool = self.pools[sequence.shard]
+        self._name_pages(sequence)
+        pool.give_back(sequence.pages)
+        self._free_rows[sequence.shard].append(sequence.row)
+        sequence.pages, sequence.row, sequence.to_fill, sequence.cached = [], -1, 0, 0
+
+    def _name_pages(self, sequence: Sequence) -> None:
+        """Let others share its pages that are full."""
+        if self._share_prefixes:
+            size = self.pools[sequence.shard].size
+            extend_names(sequence.names, sequence.tokens[: sequence.cached], size)
+            full = sequence.cached // size
+            self.pools[sequence.shard].name(sequence.pages[:full], sequence.names[:full])
+
+    def plan_prefill(self) -> list[Chunk]:
+        """The chunks that are prefilled now: that of the oldest, and others no longer, begun or not as it is."""
+        while self.waiting and self._admit(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
+        filling = [s for s in self.running if not s.filled]
+        if not filling:
+            return []
+        first = filling[0]
+        fresh = first.cached == 0
+        length = chunk_length(first.to_fill - first.cached, self._chunk, fresh=fresh)
+        rows_left = dict.fromkeys(range(len(self.pools)), max(1, self._chunk // length))
+        chunks = []
+        for sequence in filling:
+            rest = sequence.to_fill - sequence.cached
+            alike = sequence is first or (rest <= length and (sequence.cached == 0) == fresh)
+            if alike and rows_left[sequence.shard]:
+                rows_left[sequence.shard] -= 1
+                chunks.append(Chunk(sequence, sequence.cached, sequence.cached + min(rest, length)))
+        return chunks
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give it a row and pages for all its tokens, in the shard that knows most of them, then has most rows free.
+
+        Beside them a page must be left for every sequence that runs there, or it might soon be turned out again.
+        """
+        if sequence.in_flight:  # it was preempted, and its last tokens are still to come
+            return False
+        names = self._shareable_names(sequence)
+        shards = [shard for shard, rows in enumerate(self._free_rows) if rows]
+        shards.sort(key=lambda shard: (-self.pools[shard].num_found(names), -len(self._free_rows[shard])))
+        for sequence.shard in shards:
+            pool, running = self.pools[sequence.shard], [s for s in self.running if s.shard == sequence.shard]
+            found = pool.num_found(names)
+            if any(not s.filled and s.names[found : found + 1] == names[found : found + 1] != [] for s in running):
+                return False  # what it begins with is just being computed
+            pages = pool.share(names)
+            missing = self._num_pages(sequence) - found
+            if pool.available >= missing + len(running):
+                sequence.pages = pages + pool.take(missing)
+                sequence.row = self._free_rows[sequence.shard].pop()
+                sequence.to_fill = len(sequence.tokens)
+                sequence.cached = found * pool.size
+                sequence.found = sequence.cached if sequence.found < 0 else sequence.found
+                return True
+            pool.give_back(pages)
+        return False
+
+    def _shareable_names(self, sequence: Sequence) -> list[bytes]:
+        """Names of the full pages that it may find; its last token is always computed, for what comes after it."""
+        if not self._share_prefixes or sequence.whole:
+            return []
+        size = self.pools[0].size
+        extend_names(sequence.names, sequence.tokens, size)
+        return sequence.names[: (len(sequence.tokens) - 1) // size]
+
+    def prefilled(self, chunks: List[Chunk]) -> None:
+        """These chunks are dispatched; a last one brings a token."""
+        for sequence, _, stop in chunks:
+            sequence.cached = stop
+            sequence.in_flight += sequence.filled
+            self._name_pages(sequence)
+
+    def decoded(self, sequences: List[Sequence], steps: int) -> None:
+        """A dispatch of so many decoding steps is on its way."""
+        for sequence in sequences:
+            sequence.in_flight += steps
+
+    def received(self, sequence: Sequence, tokens: List[int], expected: int) -> None:
+        """New tokens of a sequence are known, of the expected that were in flight."""
+        sequence.in_flight -= expected
+        sequence.tokens += tokens
+        if tokens and sequence.filled:
+            sequence.cached = len(sequence.tokens) - 1

@@ -1,0 +1,118 @@
+"""How large the pool of the cache's pages is, and into which buckets the engine's programs are rounded.
+
+The invariant: a pool takes a stated share of what the devices have left, the same number of pages in every process.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
+
+from infer.scheduler import bucket, chunk_length
+from llama_jax.cache import init_pages
+from llama_jax.config import LlamaConfig
+from llama_jax.memory import bytes_a_device, bytes_left, generation_bytes
+from llama_jax.mesh import ShardingRules
+
+# Tokens of a page on one device; to within so many a prompt is found in the cache. A TPU's lanes are 128.
+PAGE_SIZE = {"tpu": 128}
+PAGE_SIZE_ELSEWHERE = 64
+
+# Tokens of the shortest table: up to here a longer sequence compiles nothing.
+MIN_TABLE = 256
+
+# Of the memory that is left; on CPUs others live in it, and a dispatch that decodes holds its rows' pages twice.
+_SHARE = {"cpu": 0.25}
+_SHARE_ELSEWHERE = 0.9
+
+
+# What a cache may be kept in: the dtype of the weights, another float, or a narrow type with scales.
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How an engine caches.
+
+    dtype: by default the weights'. num_bytes on each device: by default what there is room for. share_prefixes:
+    full pages are kept for prompts that begin alike.
+    """
+
+    dtype: str | None = None
+    num_bytes: int | None = None
+    share_prefixes: bool = True
+
+    def __post_init__(self):
+        """Raises ValueError for an unknown dtype."""
+        if self.dtype is not None and self.dtype not in CACHE_DTYPES:
+            raise ValueError(f"a cache of {self.dtype!r}: expected {', '.join(CACHE_DTYPES)}")
+
+
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """Of the devices of a mesh, which need not be here: "cpu", "gpu" or "tpu"."""
+    return mesh.abstract_mesh.abstract_device.platform
+
+
+def page_size(max_seq_len: int, rules: ShardingRules, platform: str) -> int:
+    """Tokens of a page, which the mesh divides; a short context is one page."""
+    of_all = PAGE_SIZE.get(platform, PAGE_SIZE_ELSEWHERE) * (rules.cache_multiple if platform == "tpu" else 1)
+    return bucket(of_all, bucket(max_seq_len), rules.cache_multiple)
+
+
+def page_bytes(cfg: LlamaConfig, mesh: Mesh, rules: ShardingRules, size: int, dtype: DTypeLike) -> int:
+    """Bytes a device of a page in each shard."""
+    with jax.set_mesh(mesh):
+        return bytes_a_device(jax.eval_shape(lambda: init_pages(cfg, rules, rules.batch_multiple, size, dtype=dtype)))
+
+
+def bytes_for_pages(
+    cfg: LlamaConfig, mesh: Mesh, dtype: DTypeLike, *, num_rows: int, prefill_chunk: int, held: int
+) -> int | None:
+    """Bytes a device that a pool may take, of those that are left and those held by the pool that there is.
+
+    What programs need for a while is left to them. None if nobody knows how many there are.
+    """
+    left = bytes_left(mesh.local_devices)
+    if left is None:
+        return None
+    with jax.set_mesh(mesh):
+        needs = generation_bytes(cfg, dtype, num_rows=num_rows, prompt_tokens=1, num_tokens=1)["temporaries"]
+        needs += generation_bytes(cfg, dtype, num_rows=1, prompt_tokens=prefill_chunk, num_tokens=1)["temporaries"]
+    room = max(0, int(_SHARE.get(platform(mesh), _SHARE_ELSEWHERE) * (left + held)) - needs)
+    if jax.process_count() > 1:
+        room = int(np.min(multihost_utils.process_allgather(np.int64(room >> 20)))) << 20
+    return room
+
+
+def table_width(pages: int, pages_a_row: int, size: int) -> int:
+    """Pages of a dispatch's table: MIN_TABLE tokens, twice as many, and so on."""
+    width = max(1, MIN_TABLE // size)
+    while width < pages:
+        width *= 2
+    return min(width, pages_a_row)
+
+
+def table_widths(pages_a_row: int, size: int) -> list[int]:
+    """All of them."""
+    widths = [table_width(1, pages_a_row, size)]
+    while widths[-1] < pages_a_row:
+        widths.append(table_width(widths[-1] + 1, pages_a_row, size))
+    return widths
+
+
+def prefill_rows(count: int, length: int, chunk: int, num_rows: int, *, fresh: bool) -> int:
+    """Rows a shard of a prefill dispatch of chunks of this length, as far as chunk tokens hold them."""
+    return min(bucket(count, base=2 if fresh else 4), max(1, chunk // length), num_rows)
+
+
+def prefill_shapes(chunk: int, num_rows: int, *, fresh: bool) -> Iterator[tuple[int, int]]:
+    """Rows and lengths of all prefill dispatches."""
+    for length in sorted({chunk_length(tokens, chunk, fresh=fresh) for tokens in range(1, chunk + 1)}):
+        counts = range(1, min(max(1, chunk // length), num_rows) + 1)
+        yield from (
+            (n, length) for n in sorted({prefill_rows(n, length, chunk, num_rows, fresh=fresh) for n in counts})
+        )

@@ -1,0 +1,80 @@
+"""What an engine counts: the speed of a run, and where it stands.
+
+The invariant: seconds in which a program compiles belong to no other count.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Requests that wait and that have a row now; pages of the cache; and what has been counted since the start.
+
+    prompt_tokens are those of requests when they are first given a row, prefix_hit_tokens how many of them were
+    found in the cache.
+    """
+
+    waiting: int
+    running: int
+    pages_total: int
+    pages_free: int
+    prompt_tokens: int
+    prefix_hit_tokens: int
+    generated_tokens: int
+    preemptions: int
+    compilations: int
+
+
+@dataclass
+class Throughput:
+    """What a run measured: tokens and seconds of prefill and of decode, and seconds of compiling before them.
+
+    Tokens that were found in the cache are not counted. first_token_seconds is the time from the start of the run to
+    its first token, and first_compile_seconds how much of that was compiling.
+    last_read is what the clock showed when the last dispatch had been read.
+    """
+
+    compile_seconds: float = 0.0
+    first_compile_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+    last_read: float = 0.0
+
+    def clock(self) -> float:
+        """Seconds that do not pass while a program compiles."""
+        return time.perf_counter() - self.compile_seconds
+
+    def count(self, dispatched: float, *, prefill_tokens: int, decode_tokens: int, first: bool) -> None:
+        """A dispatch that was sent when the clock showed dispatched has been read; it ran after the one before it."""
+        now = self.clock()
+        seconds, self.last_read = now - max(dispatched, self.last_read), now
+        if prefill_tokens:
+            self.prefill_seconds += seconds
+        else:
+            self.decode_seconds += seconds
+        self.prefill_tokens += prefill_tokens
+        self.decode_tokens += decode_tokens
+        if first and not self.first_token_seconds:
+            self.first_token_seconds = time.perf_counter() - self.began
+            self.first_compile_seconds = self.compile_seconds
+
+    def __str__(self) -> str:
+        return (
+            f"prefill {self.prefill_tokens_per_second:.1f} tokens/s, "
+            f"decode {self.decode_tokens_per_second:.1f} tokens/s, compiled in {self.compile_seconds:.1f} s"
+        )
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens a second, padding not counted."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first a second, all rows together."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0

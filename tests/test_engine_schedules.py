@@ -1,0 +1,266 @@
+"""Whatever arrives when, and however little room there is: each request gets the tokens that it gets alone."""
+
+import functools
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import strategies
+
+import infer.sizes
+import llama_jax
+from infer.engine import Engine
+from infer.sampling import SamplingParams
+from infer.sizes import CacheOptions
+from llama_jax.config import LlamaConfig
+from llama_jax.model import Llama
+
+PAGE = 8
+CFG = LlamaConfig(
+    vocab_size=40, num_layers=2, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=64
+)
+# Prompts that begin alike, end inside pages and at their ends, and are longer than a chunk.
+STEM = [int(token) for token in np.random.default_rng(7).integers(0, 40, 40)]
+PROMPTS = [[1], STEM[:7], STEM[:8], STEM[:9], STEM[:16], STEM[:17] + [3], STEM[:17] + [4], STEM[:40], [5] * 30, [9, 2]]
+
+
+def make_model(spec: str) -> Llama:
+    with llama_jax.use_mesh(spec):
+        model = jax.jit(lambda: Llama(CFG, rngs=nnx.Rngs(3), layout="layers"))()
+        return jax.tree.map(lambda w: 8 * w, model)  # far from ties
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pages():
+    """Eight tokens a page, and tables of two sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infer.sizes, "PAGE_SIZE_ELSEWHERE", PAGE)
+        patch.setattr(infer.sizes, "MIN_TABLE", 32)
+        yield
+
+
+@functools.cache
+def engine(pages: int, chunk: int = 16, spec: str = "data=1", **options) -> Engine:
+    """A pool of so many pages a shard; one engine each, so that its programs compile once."""
+    page_bytes = PAGE * CFG.cache_bytes_per_token(bytes_per_value=4)
+    return Engine(
+        make_model(spec),
+        max_batch_size=options.pop("max_batch_size", 4),
+        steps_per_dispatch=options.pop("steps", 3),
+        prefill_chunk=chunk,
+        cache=CacheOptions(options.pop("dtype", None), pages * page_bytes, options.pop("share_prefixes", True)),
+        **options,
+    )
+
+
+@functools.cache
+def alone(prompt: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
+    """What a request gets from an engine that has room, no chunks and nothing else to do."""
+    return tuple(engine(64, 64, steps=8, max_batch_size=1, share_prefixes=False).generate(prompt, params)[0].tokens)
+
+
+def all_pages_are_free(engine: Engine) -> bool:
+    stats = engine.stats()
+    return (stats.waiting, stats.running, stats.pages_free) == (0, 0, stats.pages_total)
+
+
+params = strategies.builds(
+    SamplingParams,
+    max_new_tokens=strategies.integers(1, 20),
+    temperature=strategies.sampled_from([0.0, 0.0, 0.0, 1.0]),
+    seed=strategies.integers(0, 3),
+    stop_tokens=strategies.sampled_from([(), (), (11, 23)]),
+)
+arrival = strategies.tuples(
+    strategies.integers(0, 4),  # steps before it comes
+    strategies.sampled_from(PROMPTS),
+    params,
+    strategies.sampled_from([None] * 5 + [1, 3]),  # steps after which it is aborted
+)
+# Room for one long request and a bit, for two, for all; chunks shorter than a page, and as long as two.
+ENGINES = [(8, 16), (12, 16), (12, 5), (64, 16)]
+
+
+def run_schedule(engine: Engine, arrivals) -> list:
+    """The requests, after all steps; aborted ones are marked so."""
+    requests, leaving, waiting = [], [], list(arrivals)
+    pause = waiting[0][0]
+    while waiting or engine.has_work:
+        while waiting and pause == 0:
+            _, prompt, settings, stay = waiting.pop(0)
+            (request,) = engine.requests(prompt, settings)
+            engine.add(request)
+            requests.append(request)
+            leaving.append(stay)
+            pause = waiting[0][0] if waiting else 0
+        pause -= pause > 0
+        for request in {request: None for request, _ in engine.step()}:
+            assert len(request.result.tokens) == len(request.result.logprobs)
+        for i, request in enumerate(requests):
+            if leaving[i] is not None:
+                leaving[i] -= 1
+                if leaving[i] < 0 and request.unfinished:
+                    engine.abort(request)
+    return requests
+
+
+@pytest.mark.parametrize(("pages", "chunk"), ENGINES)
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.given(arrivals=strategies.lists(arrival, min_size=1, max_size=9))
+def test_every_schedule_gives_each_request_the_tokens_that_it_gets_alone(pages, chunk, arrivals):
+    under_test = engine(pages, chunk)
+    for request in run_schedule(under_test, arrivals):
+        result = request.result
+        expected = alone(tuple(result.prompt_tokens), request.params)
+        if result.finish_reason == "abort":
+            assert result.tokens == list(expected[: len(result.tokens)])
+        else:
+            assert result.tokens == list(expected)
+    assert all_pages_are_free(under_test)
+
+
+def test_schedules_were_hard_enough():
+    """Of the engines above, run before this one."""
+    if not engine.cache_info().currsize:
+        pytest.skip("no schedule was run")
+    assert engine(8, 16).stats().preemptions > 5
+    assert engine(64, 16).stats().prefix_hit_tokens > 100
+    assert len(engine(64, 16)._compiled) < 40
+
+
+@pytest.mark.parametrize("spec", ["data=2,tensor=4", "context=2,tensor=4", "fsdp=8"])
+def test_a_schedule_gives_the_same_tokens_on_every_mesh(spec):
+    arrivals = [(i % 2, prompt, SamplingParams(max_new_tokens=12), None) for i, prompt in enumerate(PROMPTS)]
+    under_test = engine(12, 16, spec, max_batch_size=2)
+    for request in run_schedule(under_test, arrivals):
+        assert request.result.tokens == list(alone(tuple(request.result.prompt_tokens), request.params))
+    assert all_pages_are_free(under_test)
+
+
+def test_a_prompt_from_the_cache_has_the_log_probabilities_of_one_that_is_computed():
+    under_test, settings = engine(64, 16), SamplingParams(max_new_tokens=6)
+    whole = engine(64, 64, steps=8, max_batch_size=1, share_prefixes=False).generate(STEM[:36] + [1], settings)[0]
+    under_test.generate(STEM[:40], SamplingParams(max_new_tokens=1))
+    (found,) = under_test.generate(STEM[:36] + [1], settings)
+    assert (whole.cached_tokens, found.cached_tokens) == (0, 32)
+    np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_with_a_narrow_cache_too_a_batch_gives_what_each_request_gets_alone(dtype):
+    under_test, settings = engine(64, 16, dtype=dtype), SamplingParams(max_new_tokens=8)
+    together = under_test.generate(PROMPTS, settings)
+    for result in together:
+        assert under_test.generate(result.prompt_tokens, settings)[0].tokens == result.tokens
+    exact = [alone(tuple(prompt), settings) for prompt in PROMPTS]
+    assert sum(result.tokens == list(tokens) for result, tokens in zip(together, exact, strict=True)) >= 5
+
+
+def test_after_warmup_nothing_compiles():
+    under_test = engine(6, 16, max_batch_size=1, max_seq_len=32)
+    under_test.warmup()
+    before = under_test.stats().compilations
+    penalized = SamplingParams(max_new_tokens=5, repetition_penalty=1.3, logprobs=2, banned_tokens=(1,))
+    plain = SamplingParams(max_new_tokens=20)
+    run_schedule(under_test, [(i % 3, prompt, (plain, penalized)[i % 2], None) for i, prompt in enumerate(PROMPTS[:7])])
+    assert under_test.stats().compilations == before
+
+
+# What only some requests ask for, beside those that do not.
+
+
+def beside(settings: SamplingParams, prompt=STEM[:9]):
+    """The result of a request that runs beside plain ones, which get what they get alone."""
+    under_test = engine(64, 16)
+    plain = SamplingParams(max_new_tokens=10)
+    requests = run_schedule(
+        under_test, [(0, PROMPTS[5], plain, None), (0, prompt, settings, None), (2, [1], plain, None)]
+    )
+    for request in (requests[0], requests[2]):
+        assert request.result.tokens == list(alone(tuple(request.result.prompt_tokens), plain))
+    return requests[1].result
+
+
+def logits_after(tokens: list[int]) -> np.ndarray:
+    with llama_jax.use_mesh("data=1"):
+        return np.asarray(make_model("data=1")(np.array([tokens])))[0]
+
+
+def test_a_repetition_penalty_knows_the_prompt_and_what_came_after_it():
+    result = beside(SamplingParams(max_new_tokens=8, repetition_penalty=1.9))
+    tokens = result.prompt_tokens + result.tokens
+    for end in range(len(result.prompt_tokens), len(tokens)):
+        logits = logits_after(tokens[:end])[-1].copy()
+        seen = np.unique(tokens[:end])
+        logits[seen] = np.where(logits[seen] < 0, logits[seen] * 1.9, logits[seen] / 1.9)
+        assert tokens[end] == logits.argmax()
+
+
+def test_banned_and_allowed_tokens_are_kept_to():
+    result = beside(SamplingParams(max_new_tokens=8, allowed_tokens=(3, 4, 5, 6), banned_tokens=(4,)))
+    assert set(result.tokens) <= {3, 5, 6} and len(result.tokens) == 8
+
+
+def test_the_likeliest_tokens_are_told_as_many_as_were_asked_for():
+    result = beside(SamplingParams(max_new_tokens=5, logprobs=3))
+    assert [len(place) for place in result.top_logprobs] == [3] * 5
+    for token, logprob, place in zip(result.tokens, result.logprobs, result.top_logprobs, strict=True):
+        assert place[0] == (token, pytest.approx(logprob, abs=1e-5))
+        assert place[0][1] > place[1][1] > place[2][1]
+
+
+def test_the_log_probabilities_of_a_prompt_are_those_of_the_whole_model():
+    result = beside(SamplingParams(max_new_tokens=2, prompt_logprobs=1), STEM[:40])
+    expected = np.asarray(jax.nn.log_softmax(logits_after(STEM[:40])))
+    assert result.prompt_logprobs[0] is None and result.prompt_top_logprobs[0] == []
+    np.testing.assert_allclose(result.prompt_logprobs[1:], expected[np.arange(39), STEM[1:40]], atol=1e-4)
+    assert [place[0][0] for place in result.prompt_top_logprobs[1:]] == expected[:-1].argmax(-1).tolist()
+    assert result.cached_tokens == 0
+
+
+class Countdown:
+    """A constraint whose only text is 5 4 3 2 1."""
+
+    def __init__(self):
+        self.next = 5
+
+    def mask(self) -> np.ndarray:
+        return np.array([1 << self.next, 0], np.uint32)
+
+    def accept(self, token: int) -> bool:
+        fits, self.next = token == self.next, self.next - 1
+        return fits
+
+    @property
+    def finished(self) -> bool:
+        return self.next == 0
+
+
+def test_a_constraint_is_asked_before_each_token_and_ends_the_text():
+    under_test = engine(64, 16)
+    constrained, plain = under_test.requests([STEM[:9], STEM[:20]], SamplingParams(max_new_tokens=9))
+    constrained.constraint = Countdown()
+    for request in (plain, constrained):
+        under_test.add(request)
+    while under_test.has_work:
+        under_test.step()
+    assert (constrained.result.tokens, constrained.result.finish_reason) == ([5, 4, 3, 2, 1], "stop")
+    assert plain.result.tokens == list(alone(tuple(STEM[:20]), plain.params))
+
+
+def test_of_several_candidates_the_best_are_given_best_first():
+    settings = SamplingParams(max_new_tokens=5, temperature=1.0, n=2, best_of=4)
+    results = engine(64, 16).generate(STEM[:9], settings)
+    means = [np.mean(result.logprobs) for result in results]
+    assert len(results) == 2 and means[0] >= means[1]
+    assert list(results[0].tokens) in [list(alone(tuple(STEM[:9]), one)) for one in settings.candidates()]
+
+
+def test_an_embedding_is_the_mean_or_the_last_of_the_hidden_states_at_length_one():
+    model = make_model("data=1")
+    with llama_jax.use_mesh("data=1"):
+        hidden = np.asarray(model.hidden(np.array([STEM[:9]]), np.arange(9)[None]))[0]
+    for pooling, vector in (("mean", hidden.mean(0)), ("last", hidden[-1])):
+        np.testing.assert_allclose(engine(64, 16).embed(STEM[:9], pooling), vector / np.linalg.norm(vector), atol=1e-5)

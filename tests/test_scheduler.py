@@ -1,0 +1,219 @@
+"""The scheduler over a device that is made of lists: what a step reads in its pages is what the sequence is made of."""
+
+import random
+
+import pytest
+
+from infer.pages import PagePool
+from infer.scheduler import Chunk, Scheduler, Sequence, bucket
+
+SIZE = 4  # tokens of a page
+
+
+def next_token(tokens: list[int]) -> int:
+    """What the model below says after these tokens: it depends on all of them."""
+    return (sum((i + 1) * token for i, token in enumerate(tokens)) + len(tokens)) % 7
+
+
+class Device:
+    """Pages of tokens, written and read as the tables say; results are handed out a round late."""
+
+    def __init__(self, num_shards=1, num_pages=8, num_rows=4, *, chunk=16, steps=3, **options):
+        pools = [PagePool(num_pages, SIZE) for _ in range(num_shards)]
+        self.scheduler = Scheduler(pools, num_rows, prefill_chunk=chunk, steps=steps, **options)
+        self.steps, self.num_pages = steps, num_pages
+        self.memory = [[[None] * SIZE for _ in range(num_pages)] for _ in pools]
+        self.rows = {}  # (shard, row) -> tokens, the last of which is not in a page yet
+        self.in_flight = []
+        self.done = []
+        self.computed = 0
+
+    def write(self, sequence, position, token):
+        self.memory[sequence.shard][sequence.pages[position // SIZE]][position % SIZE] = token
+
+    def read(self, sequence, length):
+        pages = self.memory[sequence.shard]
+        return [pages[sequence.pages[p // SIZE]][p % SIZE] for p in range(length)]
+
+    def prefill(self, chunk: Chunk):
+        sequence, start, stop = chunk
+        for position in range(start, stop):
+            self.write(sequence, position, sequence.tokens[position])
+        assert self.read(sequence, stop) == sequence.tokens[:stop]
+        self.computed += stop - start
+        if stop < sequence.to_fill:
+            return (sequence, [], 0)
+        token = next_token(sequence.tokens)
+        self.rows[sequence.shard, sequence.row] = [*sequence.tokens, token]
+        return (sequence, [token], 1)
+
+    def decode(self, sequence):
+        tokens, new = self.rows[sequence.shard, sequence.row], []
+        for _ in range(self.steps):
+            if len(tokens) == sequence.limit or tokens[-1] == sequence.request:  # its stop token
+                break
+            self.write(sequence, len(tokens) - 1, tokens[-1])
+            tokens.append(next_token(self.read(sequence, len(tokens))))
+            new.append(tokens[-1])
+        return (sequence, new, self.steps)
+
+    def round(self):
+        scheduler = self.scheduler
+        decoding = scheduler.plan_decode()
+        chunks = scheduler.plan_prefill()
+        now = [self.prefill(chunk) for chunk in chunks]
+        scheduler.prefilled(chunks)
+        now += [self.decode(sequence) for sequence in decoding]
+        scheduler.decoded(decoding, self.steps)
+        late, self.in_flight = self.in_flight, now
+        for sequence, tokens, expected in late:
+            if sequence in self.done:
+                continue
+            scheduler.received(sequence, tokens, expected)
+            if len(sequence.tokens) == sequence.limit or (tokens and tokens[-1] == sequence.request):
+                self.end(sequence)
+        return chunks, decoding
+
+    def end(self, sequence):
+        self.scheduler.remove(sequence)
+        self.done.append(sequence)
+
+    @property
+    def busy(self):
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def run(self, *sequences):
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        while self.busy:
+            self.round()
+
+
+def alone(prompt, limit, stop=None):
+    tokens = list(prompt)
+    while len(tokens) < limit:
+        tokens.append(next_token(tokens))
+        if tokens[-1] == stop:
+            break
+    return tokens
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("share", [True, False])
+def test_ten_thousand_random_requests_with_aborts_say_the_right_tokens_and_leave_every_page_free(num_shards, share):
+    draw = random.Random(num_shards)
+    device = Device(num_shards, num_pages=9, share_prefixes=share)
+    scheduler, sent, expected = device.scheduler, 0, {}
+    while sent < 2500 or device.busy:
+        if sent < 2500 and draw.random() < 0.5:
+            sent += 1
+            prompt = [draw.randrange(2) for _ in range(draw.randint(1, 12))]
+            stop = draw.choice([None, None, 3])
+            sequence = Sequence(prompt, min(36, len(prompt) + draw.randint(1, 30)), request=stop)
+            expected[sequence] = alone(prompt, sequence.limit, stop)
+            scheduler.add(sequence)
+        live = [*scheduler.running, *scheduler.waiting]
+        if live and draw.random() < 0.1:
+            gone = draw.choice(live)
+            device.end(gone)
+            expected[gone] = expected[gone][: len(gone.tokens)]
+        device.round()
+        held = {(s.shard, page) for s in scheduler.running for page in s.pages}
+        assert sum(pool.available for pool in scheduler.pools) == 9 * num_shards - len(held)
+    assert len(device.done) == sent and scheduler.preemptions > 100
+    assert all(sequence.tokens == expected[sequence] for sequence in device.done)
+    assert all(pool.available == 9 for pool in scheduler.pools)
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode():
+    device = Device(num_pages=30)
+    short, long = Sequence([1], 60), Sequence([2] * 40, 50)
+    device.scheduler.add(short)
+    device.round()
+    device.scheduler.add(long)
+    rounds = [device.round() for _ in range(3)]
+    assert [chunk[1:] for chunks, _ in rounds for chunk in chunks] == [(0, 16), (16, 32), (32, 40)]
+    assert all(decoding == [short] for _, decoding in rounds)
+
+
+def test_chunks_that_are_no_longer_share_a_dispatch_within_its_tokens():
+    device = Device(num_pages=30, chunk=64)
+    for length in (30, 20, 40, 5):
+        device.scheduler.add(Sequence([length] * length, length + 2))
+    chunks, _ = device.round()
+    assert [chunk.stop for chunk in chunks] == [30, 20]
+    chunks, _ = device.round()
+    assert [chunk.stop for chunk in chunks] == [40]
+
+
+def test_a_prompt_that_is_known_computes_what_comes_after_its_last_full_page():
+    device = Device(num_pages=30)
+    device.run(Sequence([*range(14)], 20))
+    before = device.computed
+    again = Sequence([*range(14)], 20)
+    device.run(again)
+    assert (device.computed - before, again.found) == (2, 12)
+
+
+def test_the_last_token_of_a_prompt_is_computed_even_if_all_its_pages_are_known():
+    device = Device(num_pages=30)
+    device.run(Sequence([*range(8)], 14))
+    again = Sequence([*range(8)], 14)
+    device.run(again)
+    assert again.found == 4
+
+
+def test_an_answer_is_known_when_the_dialog_goes_on():
+    device = Device(num_pages=30)
+    first = Sequence([*range(10)], 23)
+    device.run(first)
+    second = Sequence([*first.tokens, 1, 2], 30)
+    device.run(second)
+    assert second.found == 20  # 22 of its tokens were cached
+
+
+def test_prompts_that_begin_alike_and_come_together_compute_their_beginning_once():
+    device = Device(num_pages=30, chunk=64)
+    sequences = [Sequence([*range(40), i], 45) for i in range(4)]
+    device.run(*sequences)
+    assert device.computed == 41 + 3
+    assert [sequence.found for sequence in sequences] == [0, 40, 40, 40]
+
+
+def test_the_youngest_gives_up_its_pages_and_the_oldest_never_stops():
+    device = Device(num_pages=8)
+    old, young = Sequence([1] * 9, 30), Sequence([2] * 9, 30)
+    device.run(old, young)
+    assert device.done == [old, young]
+    assert device.scheduler.preemptions > 0
+    assert [old.tokens, young.tokens] == [alone([1] * 9, 30), alone([2] * 9, 30)]
+
+
+def test_a_sequence_goes_where_its_beginning_is_known_and_else_where_most_rows_are_free():
+    device = Device(num_shards=2, num_pages=30)
+    device.run(Sequence([*range(9)], 12))
+    shards = []
+    for prompt in ([9] * 9, [8] * 9, [*range(9)]):
+        device.scheduler.add(Sequence(prompt, 20))
+        device.round()
+        shards.append(device.scheduler.running[-1].shard)
+    assert shards == [0, 1, 0]
+
+
+def test_requests_are_admitted_in_the_order_in_which_they_came():
+    device = Device(num_pages=8, num_rows=2)
+    sequences = [Sequence([i], 9) for i in range(5)]
+    for sequence in sequences:
+        device.scheduler.add(sequence)
+    device.round()
+    assert device.scheduler.running == sequences[:2]
+    while device.busy:
+        device.round()
+    assert device.done == sequences
+
+
+@pytest.mark.parametrize(
+    ("number", "limit", "multiple", "size"), [(1, None, 1, 1), (5, None, 1, 8), (9, 12, 1, 12), (700, 999, 4, 1000)]
+)
+def test_a_bucket_is_a_power_of_two_within_its_limit_and_what_the_mesh_divides(number, limit, multiple, size):
+    assert bucket(number, limit, multiple) == size
