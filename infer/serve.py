@@ -1,0 +1,210 @@
+"""Serve a model over HTTP as OpenAI's API: `python -m infer.serve --checkpoint C --port 8000`.
+
+It listens on this machine alone unless --host says otherwise, and logs ids and times, never prompts. The
+invariant: SIGTERM lets what runs end, within --grace seconds, and an engine that fails ends the process with
+status 1, so that a launcher starts it again.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infer.entry import add_model_options, load_model, open_model, sampling_params
+from llama_jax.devices import open_devices, use_compilation_cache
+from llama_jax.entry import run_entry, say
+from llama_jax.paths import as_path
+
+if TYPE_CHECKING:
+    from infer.api.limits import Limits
+    from infer.api.server import Server
+
+API_KEY_VARIABLE = "LLAMA_JAX_API_KEYS"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m infer.serve", description="Serve a model as OpenAI's API.", allow_abbrev=False
+    )
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", metavar="H", help="default: %(default)s, this machine alone")
+    group.add_argument("--port", type=int, default=8000, metavar="P", help="default: %(default)s; 0 takes a free one")
+    group.add_argument("--served-model-name", action="append", metavar="NAME", help="repeatable; default: C's name")
+    group.add_argument("--root-path", default="", metavar="PATH", help="where a proxy puts this server")
+    group.add_argument("--cors-origin", action="append", default=[], metavar="URL", help="repeatable; default: none")
+    group.add_argument("--warmup", action="store_true", help="compile everything before the first request")
+    group.add_argument("--grace", type=float, default=30.0, metavar="S", help="after SIGTERM; default: %(default)s")
+    add_limit_options(parser)
+    add_engine_options(parser)
+    add_model_options(parser)
+    return parser.parse_args(argv)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how requests are batched and cached."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--max-batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
+    group.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt that are taken at a time")
+    group.add_argument("--cache-gib", type=float, metavar="G", help="of the KV cache; default: what fits")
+    group.add_argument("--no-prefix-cache", action="store_true", help="do not keep pages for prompts that begin alike")
+
+
+def add_limit_options(parser: argparse.ArgumentParser) -> None:
+    """Declare who may ask, and how much."""
+    group = parser.add_argument_group("limits")
+    group.add_argument("--api-key-file", metavar="F", help=f"a key a line; also {API_KEY_VARIABLE}, apart by commas")
+    group.add_argument("--max-waiting", type=int, default=256, metavar="N", help="then 429; default: %(default)s")
+    group.add_argument("--max-per-key", type=int, default=0, metavar="N", help="requests in flight of one API key")
+    group.add_argument("--max-choices", type=int, default=16, metavar="N", help="of n, best_of; default: %(default)s")
+    group.add_argument(
+        "--max-body-mib", type=float, default=8.0, metavar="M", help="of a request; default: %(default)s"
+    )
+    group.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a request; default: %(default)s")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    run(parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until told to stop. Raises ValueError or OSError for what is wrong with the options."""
+    if not 0 <= args.port < 65536:
+        raise ValueError(f"--port {args.port}: expected 0 to 65535")
+    import_api()
+    limits = read_limits(args)
+    import uvicorn
+
+    from infer.api.app import make_app
+
+    use_compilation_cache()
+    open_devices()
+    server = make_server(args, limits, names=args.served_model_name or (), max_waiting=args.max_waiting)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    warm_up = server.engine.warmup if args.warmup else None
+    app = make_app(server, root_path=args.root_path, warm_up=warm_up, grace_seconds=args.grace)
+    if args.cors_origin:
+        from fastapi.middleware.cors import CORSMiddleware
+
+        app.add_middleware(CORSMiddleware, allow_origins=args.cors_origin, allow_methods=["*"], allow_headers=["*"])
+    config = uvicorn.Config(
+        app,
+        host=args.host,
+        port=args.port,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=max(1, round(args.grace)),
+        server_header=False,
+    )
+    listen(config, server)
+
+
+def import_api() -> None:
+    """Raises ValueError with the command that installs what serving needs."""
+    try:
+        import uvicorn  # noqa: F401
+
+        import infer.api.app  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f'serving needs {error.name}: python -m pip install "llama_jax[serve]"') from None
+
+
+def read_limits(args: argparse.Namespace) -> "Limits":
+    """The limits that the options ask for. Raises ValueError for one out of range and for an empty file of keys."""
+    for name in ("max_waiting", "max_per_key", "timeout", "grace"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
+    if args.max_choices < 1 or args.max_body_mib <= 0:
+        raise ValueError("--max-choices must be at least 1 and --max-body-mib above 0")
+    keys = [key.strip() for key in os.environ.get(API_KEY_VARIABLE, "").split(",") if key.strip()]
+    if args.api_key_file is not None:
+        lines = as_path(args.api_key_file).read_text(encoding="utf-8").splitlines()
+        from_file = [line.strip() for line in lines if line.strip()]
+        if not from_file:
+            raise ValueError(f"{args.api_key_file} has no key: expected one a line")
+        keys += from_file
+    from infer.api.limits import Limits
+
+    return Limits(
+        api_keys=keys,
+        max_body_bytes=int(args.max_body_mib * 2**20),
+        max_per_key=args.max_per_key,
+        max_choices=args.max_choices,
+        timeout_seconds=args.timeout,
+    )
+
+
+def make_server(
+    args: argparse.Namespace, limits: "Limits", *, names: Sequence[str] = (), max_waiting: int = 1 << 30
+) -> "Server":
+    """The model of the options, loaded, in an engine that a worker will run. names are what clients call it."""
+    from infer.api.server import Server
+    from infer.api.worker import Worker
+    from infer.engine import Engine
+    from infer.sizes import CacheOptions
+    from llama_jax.tokenizer import load_tokenizer
+
+    args.max_new_tokens = 1  # what must fit beside the weights; the pool of pages takes the rest
+    checkpoint = open_model(args)
+    tokenizer = load_tokenizer(checkpoint.companions)
+    nothing_given = argparse.Namespace(
+        temperature=None, top_k=None, top_p=None, min_p=None, max_new_tokens=1, seed=0, stop=[]
+    )
+    defaults = sampling_params(nothing_given, checkpoint)
+    if defaults.temperature == 0:  # OpenAI's default, where the checkpoint advises nothing
+        defaults = dataclasses.replace(defaults, temperature=1.0)
+    model = load_model(args, checkpoint)
+    engine = Engine(
+        model,
+        tokenizer,
+        max_seq_len=args.max_seq_len,
+        max_batch_size=args.max_batch_size,
+        cache=CacheOptions(
+            num_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
+            share_prefixes=not args.no_prefix_cache,
+        ),
+        **({} if args.prefill_chunk is None else {"prefill_chunk": args.prefill_chunk}),
+    )
+    names = list(names) or [_name(args.checkpoint)]
+    return Server(engine, tokenizer, Worker(engine, max_waiting=max_waiting), limits, defaults, names)
+
+
+def _name(checkpoint: str | None) -> str:
+    """A hub id as it is, the last part of a path, "demo" for the model that ships with the project."""
+    if checkpoint is None:
+        return "demo"
+    return Path(checkpoint).name if Path(checkpoint).exists() or "://" in checkpoint else checkpoint
+
+
+def listen(config, server: "Server") -> None:
+    """Answer until SIGTERM or Ctrl-C. Raises RuntimeError if the engine failed, OSError if the port is taken."""
+    import asyncio
+
+    import uvicorn
+
+    socket = config.bind_socket()
+    port = socket.getsockname()[1]
+    say(f"serving {', '.join(server.model_names)} at http://{config.host}:{port}/ (Ctrl-C stops)")
+    http = uvicorn.Server(config)
+
+    async def serve() -> None:
+        async def stop_with_the_engine() -> None:
+            await server.worker.closed.wait()
+            http.should_exit = True
+
+        watch = asyncio.create_task(stop_with_the_engine())
+        await http.serve(sockets=[socket])
+        watch.cancel()
+
+    asyncio.run(serve())
+    if server.worker.failure is not None:
+        raise RuntimeError("the engine failed, see above") from server.worker.failure
+
+
+if __name__ == "__main__":
+    run_entry(main)
