@@ -25,6 +25,13 @@ def test_a_run_that_goes_on_keeps_its_record(tmp_path):
     assert len(record["run_id"]) == 8
 
 
+def test_a_stage_remembers_the_checkpoint_that_it_began_from(tmp_path):
+    write_record(tmp_path, check_record(tmp_path, BEGUN, "1", "corpus", init="C"))
+    assert check_record(tmp_path, BEGUN, "1", "corpus") == read_record(tmp_path)
+    with pytest.raises(ValueError, match="stage.1.init='C', and now it is 'D'"):
+        check_record(tmp_path, BEGUN, "1", "corpus", init="D")
+
+
 def test_each_stage_is_recorded_when_it_begins(tmp_path):
     first, both = begun(tmp_path), begun(tmp_path, "2")
     assert (list(first["stage"]), sorted(both["stage"])) == (["1"], ["1", "2"])

@@ -266,6 +266,9 @@ def test_stages_say_what_they_need(workdir):
         run("1", "--init", "runs/tiny@8")
     run("1", "--init", "runs/tiny@8", "--run-dir", "again")
     assert read_progress(Path("again"), 8).step == 8
+    run("1", "--init", "runs/tiny@8", "--run-dir", "again")  # as a launcher does that starts it again
+    with pytest.raises(ValueError, match="already holds stage 1, begun from runs/tiny@8; give another --run-dir"):
+        run("1", "--init", "runs/tiny@3", "--run-dir", "again")
 
 
 DEMO = Path(llama_jax.__file__).parent / "demo"

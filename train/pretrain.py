@@ -36,7 +36,7 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
     """Train one stage to its end, from init, the newest whole checkpoint of the run, or fresh weights.
 
     Every process of the run calls it. Raises ValueError if the config has no such stage, if the stage before it
-    is not done, if init is given for a run that already has this stage, or if the run is another.
+    is not done, if the run already has this stage and did not begin it from init, or if the run is another.
     """
     # These import jax, which --help need not wait for.
     from llama_jax.checkpoint.together import together
@@ -54,7 +54,7 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
         if start.stage_done:
             say(f"stage {stage} is done: {saved}")
             return
-        source = init or saved
+        source = saved if start.phase_step else init or saved
         config = with_rope_of(config, stage, source)
         with llama_jax.use_mesh(config.stage_mesh(stage)) as mesh:
             model, dtype = config.stage_model(stage), config.run.compute_dtype
@@ -118,12 +118,17 @@ def _state(job: "Stage", start: "Progress", run_dir: Path, source: str | Path | 
 def starting_point(config: TrainConfig, stage: str, run_dir: Path, init: str | None) -> "Progress":
     """Where a stage starts or goes on."""
     from train.checkpoints import Progress, newest_whole
+    from train.record import read_record
 
     newest = newest_whole(run_dir) or Progress()
     stages = list(config.stage)
     if newest.stage == stage:
-        if init:
-            raise ValueError(f"{run_dir} already holds stage {stage}; give another --run-dir to start from {init}")
+        began = read_record(run_dir)["stage"].get(stage, {}).get("init")
+        if init and init != began:  # the same again is a launcher's restart
+            raise ValueError(
+                f"{run_dir} already holds stage {stage}, begun from {began or 'what the run held'}; "
+                f"give another --run-dir to start from {init}"
+            )
         return newest
     if newest.stage in stages and stages.index(newest.stage) > stages.index(stage):
         raise ValueError(f"{run_dir} is already in stage {newest.stage}; give another --run-dir for stage {stage}")
@@ -148,7 +153,7 @@ def _prepare(config: TrainConfig, stage: str, run_dir: Path, init: str | None) -
 
     if jax.process_index() > 0:
         return ""
-    record = check_record(run_dir, config, stage, _prepare_data(config, run_dir, init))
+    record = check_record(run_dir, config, stage, _prepare_data(config, run_dir, init), init=init)
     write_record(run_dir, record)
     remove_leftovers(run_dir)
     return json.dumps(record)

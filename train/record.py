@@ -31,9 +31,12 @@ def read_record(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error!r}); restore it, or start another --run-dir") from None
 
 
-def check_record(run_dir: Path, config: TrainConfig, stage: str, corpus_hash: str) -> dict[str, Any]:
+def check_record(
+    run_dir: Path, config: TrainConfig, stage: str, corpus_hash: str, *, init: str | None = None
+) -> dict[str, Any]:
     """The record of the run with this stage, which is compared, or added where the stage begins; not written yet.
 
+    init: the checkpoint that it begins from, if it is one of another run; a stage that goes on needs not name it.
     Raises ValueError naming the first key that was another when the run, or the stage, began.
     """
     settings = dataclasses.asdict(config.stage[stage])
@@ -49,6 +52,7 @@ def check_record(run_dir: Path, config: TrainConfig, stage: str, corpus_hash: st
     }
     now = json.loads(json.dumps(now))  # tuples become lists, as in the file
     before = read_record(run_dir)
+    now["stage"][stage]["init"] = init or before.get("stage", {}).get(stage, {}).get("init")
     if not before:
         return now
     for part in ("name", "model", "seed"):
