@@ -108,7 +108,8 @@ def num_processes(environ: Mapping[str, str] = os.environ, *, on_tpu: bool) -> i
     names = next((environ[name] for name in _WORKER_NAMES if name in environ), None)
     if names is None and "TPU_SKIP_MDS_QUERY" not in environ:
         names = _metadata("worker-network-endpoints", environ)
-    return len((names or "").split(","))
+    num_slices = _number(environ, "MEGASCALE_NUM_SLICES") if "MEGASCALE_NUM_SLICES" in environ else 1
+    return num_slices * len((names or "").split(","))
 
 
 def _metadata(key: str, environ: Mapping[str, str]) -> str | None:

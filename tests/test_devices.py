@@ -156,6 +156,7 @@ def metadata(monkeypatch):
         ({}, False, 1),
         ({"TPU_SKIP_MDS_QUERY": "1"}, True, 1),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "3"}, True, 6),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, 1),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, 1),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_PROCESS_BOUNDS": "1,1,1"}, True, 1),
