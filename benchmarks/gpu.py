@@ -18,22 +18,7 @@ from benchmarks.worker_llama_jax import Inference, Training, product_limits
 from llama_jax.config import LlamaConfig
 from llama_jax.entry import run_entry
 from llama_jax.model import Llama
-
-# By a part of JAX's device_kind: dense bfloat16 FLOP/s and bytes/s, from the makers' data sheets.
-PEAKS = {
-    "B200": (2250e12, 8.0e12),
-    "H200": (989e12, 4.8e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "A100-SXM4-40GB": (312e12, 1.555e12),
-    "A100-PCIE-40GB": (312e12, 1.555e12),
-    "A100": (312e12, 2.039e12),
-    "TPU v6": (918e12, 1.64e12),
-    "TPU v5 lite": (197e12, 0.819e12),
-    "TPU v5e": (197e12, 0.819e12),
-    "TPU v5": (459e12, 2.765e12),
-    "TPU v4": (275e12, 1.228e12),
-}
+from llama_jax.slices import CHIPS, chip_kind
 
 DECODE_ROWS = (1, 8, 32)
 DECODE_LENGTH, DECODE_STEPS = 512, 64
@@ -41,9 +26,10 @@ PREFILL_LENGTHS = (512, 2048, 8192)
 TRAIN_ROWS, TRAIN_LENGTH = 8, 2048
 
 
-def peaks(device_kind: str) -> tuple[float, float] | None:
-    """FLOP/s and bytes/s of a device, None for one that is not in the table."""
-    return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
+def peaks(device: jax.Device) -> tuple[float, float] | None:
+    """FLOP/s and bytes/s of a device, None where they are not known."""
+    chip = CHIPS[chip_kind(device)]
+    return (chip.flops, chip.hbm_bandwidth) if chip.flops else None
 
 
 def random_model(cfg: LlamaConfig, layout: str, dtype: str) -> Llama:
@@ -109,7 +95,7 @@ def main() -> None:
     device = jax.devices()[0]
     if device.platform == "cpu" and (args.shape, train_shape) != ("tiny", "tiny"):
         raise ValueError("JAX sees no accelerator, only a CPU; install llama_jax[cuda] or [tpu], or use --shape tiny")
-    where, peak = environment(), peaks(device.device_kind)
+    where, peak = environment(), peaks(device)
     print(f"{device.device_kind}: " + (f"{peak[0] / 1e12:.0f} TFLOP/s, {peak[1] / 1e12:.2f} TB/s" if peak else "-"))
     size, vector = (256, 1024) if device.platform == "cpu" else (8192, 32_768)
     seconds = product_limits(args.dtype, size, vector)

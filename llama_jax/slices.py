@@ -67,8 +67,11 @@ CHIPS = {
     "a100-40": Chip(39 * GIB, 312e12, 1.555e12, 3.0e11, 2.5e10, 0, 0.0, 2.74, 1, 8),
     "a100-80": Chip(79 * GIB, 312e12, 2.039e12, 3.0e11, 2.5e10, 0, 0.0, 3.43, 1, 8),
     "h100": Chip(79 * GIB, 989e12, 3.35e12, 4.5e11, 5.0e10, 0, 0.0, 6.88, 1, 8),
+    "h100-pcie": Chip(79 * GIB, 756e12, 2.0e12, 3.0e11, 5.0e10, 0, 0.0, 0.0, 1, 8),
+    "h100-nvl": Chip(93 * GIB, 835e12, 3.9e12, 3.0e11, 5.0e10, 0, 0.0, 0.0, 1, 8),
     "h200": Chip(139 * GIB, 989e12, 4.8e12, 4.5e11, 5.0e10, 0, 0.0, 7.91, 1, 8),
     "b200": Chip(178 * GIB, 2250e12, 7.7e12, 9.0e11, 5.0e10, 0, 0.0, 14.24, 1, 8),
+    "gb200": Chip(184 * GIB, 2500e12, 8.0e12, 9.0e11, 5.0e10, 0, 0.0, 0.0, 1, 72),
     "cpu": Chip(0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 1, 4096),
 }
 
@@ -83,9 +86,13 @@ _DEVICE_KINDS = {
     "TPU v6": "v6e",
     "TPU7x": "tpu7x",
     "A100-SXM4-40GB": "a100-40",
+    "A100-PCIE-40GB": "a100-40",
     "A100": "a100-80",
+    "H100 PCIe": "h100-pcie",
+    "H100 NVL": "h100-nvl",
     "H100": "h100",
     "H200": "h200",
+    "GB200": "gb200",
     "B200": "b200",
 }
 
@@ -211,9 +218,14 @@ def _counted(text: str, kind: str, shape: tuple[int, ...], num_slices: int) -> S
     return Slice(kind, (count,), num_slices)
 
 
+def chip_kind(device: Device) -> str:
+    """Which of CHIPS a device of jax is; where nothing is known of it, "cpu"."""
+    return next((kind for part, kind in _DEVICE_KINDS.items() if part in device.device_kind), "cpu")
+
+
 def attached_slice(devices: Sequence[Device]) -> Slice:
     """What slice these devices of a running mesh are; where nothing is known of them, CPU devices."""
-    kind = next((kind for part, kind in _DEVICE_KINDS.items() if part in devices[0].device_kind), "cpu")
+    kind = chip_kind(devices[0])
     num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if kind != "cpu" else 1
     if not CHIPS[kind].num_links:
         return Slice(kind, (len(devices) // num_slices,), num_slices)

@@ -17,23 +17,6 @@ from llama_jax.paths import is_remote, staged_file
 
 METRICS_FILE = "metrics.jsonl"
 
-# FLOP/s in dense bfloat16 by a part of jax's device_kind, the longer names first; GPUs from NVIDIA's data sheets, TPUs
-# by their name in llama_jax.slices.
-_PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v6": "v6e",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v4": "v4",
-}
-
 
 class Tracker(Protocol):
     """Somewhere else that wants to hear the numbers of a run (see train/watching/trackers.py)."""
@@ -179,10 +162,9 @@ class MetricsLog:
 
 def peak_flops(devices: Iterable[Any]) -> float:
     """FLOP/s in dense bfloat16 that these devices can do together, 0.0 if that is not known of all."""
-    from llama_jax.slices import CHIPS  # with jax, which `train.report --help` need not wait for
+    from llama_jax.slices import CHIPS, chip_kind  # with jax, which `train.report --help` need not wait for
 
-    known = [next((peak for part, peak in _PEAK_FLOPS.items() if part in d.device_kind), 0.0) for d in devices]
-    peaks = [CHIPS[peak].flops if isinstance(peak, str) else peak for peak in known]
+    peaks = [CHIPS[chip_kind(device)].flops for device in devices]
     return sum(peaks) if all(peaks) else 0.0
 
 
