@@ -12,6 +12,10 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+from tests.buckets import emulators as emulators
+from tests.buckets import endpoints as endpoints
+from tests.buckets import store as store
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "llama_jax-test-cache"))

@@ -188,7 +188,7 @@ def test_shards_are_full_and_hold_whole_documents_in_order(sources, prepared, tm
     train = dataset(tmp_path / "out", "train")
     sizes = [entry["tokens"] for entry in metadata["sources"]["text"]["train"]["shards"]]
     assert len(sizes) > 10 and max(sizes) > 100
-    for size, shard, following in zip(sizes, train.data.shards, train.data.shards[1:], strict=False):
+    for size, shard, following in zip(sizes, train.shards, train.shards[1:], strict=False):
         assert size <= 100 or shard.num_documents == 1
         assert size + following.lengths()[0] > 100
     assert texts_of(tmp_path / "out", "train") == texts_of(prepared, "train")

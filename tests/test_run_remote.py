@@ -20,8 +20,6 @@ from llama_jax.convert import main as convert
 from tests.processes import ROOT
 from tests.reference import hf_logits, relative_error
 from tests.test_remote import CONFIG
-from tests.test_remote import endpoints as endpoints
-from tests.test_remote import store as store
 from train.checkpoints import saved_steps
 from train.prepare import main as prepare
 from train.pretrain import main as pretrain
