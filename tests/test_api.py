@@ -1,56 +1,20 @@
 """The HTTP of the server, in front of an engine whose answers are known."""
 
-import asyncio
-import contextlib
 import json
 import math
-import threading
-import time
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
-import uvicorn
-from starlette.testclient import TestClient
+from tests.scripted_server import client as client
+from tests.scripted_server import client_of, listening, make_server
+from tests.scripted_server import tokenizer as tokenizer
 
-from infer.api.app import make_app
-from infer.api.limits import Limits
-from infer.api.server import Server
-from infer.api.worker import Worker
-from infer.sampling import SamplingParams
-from llama_jax.tokenizer import load_tokenizer
-from tests.scripted_engine import ScriptedEngine
-
-DEMO = Path(__file__).parents[1] / "llama_jax" / "demo"
 WEATHER = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(DEMO)
-
-
-def make_server(tokenizer, reply=lambda prompt: " and so on", *, max_waiting=16, limits=None, **engine):
-    engine = ScriptedEngine(tokenizer, reply, **engine)
-    worker = Worker(engine, max_waiting=max_waiting)  # type: ignore[arg-type]
-    return Server(engine, tokenizer, worker, limits or Limits(), SamplingParams(temperature=1.0), ["demo"])  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def client_of(server, **options):
-    with TestClient(make_app(server, **options), raise_server_exceptions=False) as client:
-        yield client
-
-
-@pytest.fixture
-def client(tokenizer):
-    with client_of(make_server(tokenizer)) as client:
-        yield client
 
 
 def chat(client, *messages, **fields):
@@ -216,126 +180,6 @@ def test_metrics_count_requests_and_tokens(client):
     assert "llama_jax_cache_pages_free 5.0" in page
 
 
-MALFORMED = {
-    "not JSON": b"{",
-    "not UTF-8": b'{"prompt": "\xff"}',
-    "half a surrogate pair": b'{"prompt": "\\ud800"}',
-    "NaN": b'{"prompt": "x", "temperature": NaN}',
-    "a huge number": b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
-    "an infinite number": b'{"prompt": "x", "temperature": 1e999}',
-    "deep nesting": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "a number as text": b'{"prompt": "x", "temperature": "1"}',
-    "a negative limit": b'{"prompt": "x", "max_tokens": -1}',
-    "an unknown field": b'{"prompt": "x", "chat_template": "{{ 1 }}"}',
-    "too many stop strings": json.dumps({"prompt": "x", "stop": ["a"] * 100_000}).encode(),
-    "an empty prompt": b'{"prompt": []}',
-    "a token outside the vocabulary": b'{"prompt": "x", "logit_bias": {"4096": 1}}',
-    "more best_of than allowed": b'{"prompt": "x", "best_of": 100}',
-    "tokens of none": b'{"prompt": "x", "max_tokens": 0}',
-    "null": b"null",
-    "nothing": b"",
-}
-
-
-@pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED.keys())
-def test_a_malformed_request_is_400_with_one_line(client, body):
-    answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400, answer.text[:200]
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    assert "\n" not in answer.json()["error"]["message"]
-
-
-def test_a_prompt_that_is_too_long_is_told_by_its_code(client):
-    answer = client.post("/v1/completions", json={"prompt": [5] * 512})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
-
-
-def test_a_body_that_is_too_large_is_413(tokenizer):
-    with client_of(make_server(tokenizer, limits=Limits(max_body_bytes=1000))) as client:
-        assert client.post("/v1/completions", json={"prompt": "x" * 2000}).status_code == 413
-        assert client.post("/v1/completions", content=iter([b"x" * 600] * 3)).status_code == 413
-
-
-def test_without_a_key_nothing_is_told(tokenizer):
-    with client_of(make_server(tokenizer, limits=Limits(api_keys=["secret", "other"]))) as client:
-        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 401
-        assert client.get("/v1/models").status_code == 401
-        wrong = {"Authorization": "Bearer secre"}
-        assert client.post("/v1/completions", json={"prompt": "x"}, headers=wrong).status_code == 401
-        right = {"Authorization": "Bearer other"}
-        assert client.post("/v1/completions", json={"prompt": "x"}, headers=right).status_code == 200
-        assert client.get("/health").status_code == 200
-
-
-def in_a_thread(function):
-    thread = threading.Thread(target=function)
-    thread.start()
-    return thread
-
-
-def until(condition):
-    for _ in range(500):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never happened")
-
-
-def test_too_many_requests_are_429_and_told_when_to_return(tokenizer):
-    server = make_server(tokenizer, lambda _: "word " * 50, max_waiting=0, max_batch_size=1, seconds_a_step=0.02)
-    with client_of(server) as client:
-        first = in_a_thread(lambda: client.post("/v1/completions", json={"prompt": "x", "max_tokens": 60}))
-        until(lambda: server.worker.active == 1)
-        refused = client.post("/v1/completions", json={"prompt": "x"})
-        first.join()
-        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
-
-
-def test_one_key_cannot_take_all(tokenizer):
-    limits = Limits(api_keys=["a", "b"], max_per_key=1)
-    server = make_server(tokenizer, lambda _: "word " * 50, limits=limits, seconds_a_step=0.02)
-    with client_of(server) as client:
-
-        def ask(key):
-            headers = {"Authorization": f"Bearer {key}"}
-            return client.post("/v1/completions", json={"prompt": "x"}, headers=headers).status_code
-
-        first = in_a_thread(lambda: ask("a"))
-        until(lambda: server.worker.active == 1)
-        assert (ask("a"), ask("b")) == (429, 200)
-        first.join()
-        assert ask("a") == 200
-
-
-def test_a_request_that_takes_too_long_is_504_and_aborted(tokenizer):
-    server = make_server(
-        tokenizer, lambda _: "word " * 200, limits=Limits(timeout_seconds=0.2), max_seq_len=4096, seconds_a_step=0.05
-    )
-    with client_of(server) as client:
-        body = {"prompt": "x", "max_tokens": 1000}
-        assert client.post("/v1/completions", json=body).status_code == 504
-        until(lambda: server.engine.aborted)
-        assert server.worker.active == 0
-
-
-def test_an_engine_that_fails_answers_503_and_ends_the_worker(tokenizer):
-    server = make_server(tokenizer)
-    server.engine.fails = RuntimeError("out of memory")
-    with client_of(server) as client:
-        answer = client.post("/v1/completions", json={"prompt": "x"})
-        assert answer.status_code == 503 and "out of memory" in answer.json()["error"]["message"]
-        assert client.get("/health").status_code == client.get("/ready").status_code == 503
-
-
-def test_ready_waits_for_the_warm_up(tokenizer):
-    gate = threading.Event()
-    with client_of(make_server(tokenizer), warm_up=gate.wait) as client:
-        assert (client.get("/health").status_code, client.get("/ready").status_code) == (200, 503)
-        gate.set()
-        until(lambda: client.get("/ready").status_code == 200)
-
-
 def test_the_log_has_ids_and_no_prompts(client, caplog):
     with caplog.at_level("INFO", logger="infer.serve"):
         answer = client.post("/v1/completions", json={"prompt": "a secret"})
@@ -347,36 +191,6 @@ def test_the_page_is_there_and_needs_nothing_else(client):
     page = client.get("/").text
     assert "<title>llama_jax</title>" in page
     assert "http://" not in page and "https://" not in page
-
-
-@contextlib.contextmanager
-def listening(server):
-    """The server on a real socket; gives its port."""
-    http = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="error", timeout_graceful_shutdown=5))
-    thread = in_a_thread(lambda: asyncio.run(http.serve()))
-    until(lambda: http.started)
-    try:
-        yield http.servers[0].sockets[0].getsockname()[1]
-    finally:
-        http.should_exit = True
-        thread.join()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_place(tokenizer, stream):
-    import socket
-
-    server = make_server(tokenizer, lambda _: "word " * 400, max_seq_len=4096, seconds_a_step=0.02)
-    with listening(server) as port:
-        body = json.dumps({"prompt": "x", "max_tokens": 1000, "stream": stream}).encode()
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            client.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n" % len(body) + body
-            )
-            until(lambda: server.engine.running)
-        until(lambda: server.engine.aborted)
-        assert not server.engine.running and server.worker.active == 0
 
 
 def test_the_openai_client_works_unchanged(tokenizer):
@@ -403,3 +217,88 @@ def test_the_openai_client_works_unchanged(tokenizer):
         with pytest.raises(openai.BadRequestError, match="too long|no room"):
             client.completions.create(model="demo", prompt=[5] * 600)
         client.close()
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+def constrained(tokenizer, said, path="/v1/chat/completions", **fields):
+    """The answer, and for each text whether the constraint of its request takes it."""
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    server = make_server(tokenizer, lambda _: "x")
+    found = []
+
+    def taken(text, constraint):
+        return all(constraint.accept(token) for token in tokenizer.encode(text)) and bool(
+            constraint.mask()[min(tokenizer.stop_ids) // 32] >> min(tokenizer.stop_ids) % 32 & 1
+        )
+
+    add = server.engine.add
+    server.engine.add = lambda request: (found.append(request.constraint.copy()), add(request))  # type: ignore[assignment]
+    with client_of(server) as client:
+        body = {"messages": [{"role": "user", "content": "Hello"}]} if "chat" in path else {}
+        answer = client.post(path, json=body | fields)
+    assert answer.status_code == 200, answer.text
+    return [taken(text, found[0].copy()) for text in said]
+
+
+@pytest.mark.parametrize(
+    ("fields", "fits", "does_not"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"a": [1]}', "[1]"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+            '{"n": 3}',
+            '{"n": "3"}',
+        ),
+        (
+            {"tools": [WEATHER], "tool_choice": "required"},
+            '{"name": "weather", "parameters": {"city": "Paris"}}',
+            "It is sunny.",
+        ),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+            '{"name": "weather", "parameters": {}}',
+            '{"name": "other", "parameters": {}}',
+        ),
+        ({"structured_outputs": {"choice": ["yes", "no (really)"]}}, "no (really)", "maybe"),
+        ({"structured_outputs": {"regex": "[0-9]{3}"}}, "123", "12"),
+        ({"structured_outputs": {"grammar": 'start: "a" | "b" start'}}, "bba", "ab"),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, '{"n": 1}', "{}"),
+    ],
+)
+def test_what_is_asked_of_an_answer_constrains_its_tokens(tokenizer, fields, fits, does_not):
+    assert constrained(tokenizer, [fits, does_not], **fields) == [True, False]
+
+
+def test_a_strict_tool_leaves_text_or_a_call_that_fits(tokenizer):
+    strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+    calls = ['{"name": "weather", "parameters": {"city": "x"}}', '{"name": "weather", "parameters": {"city": 1}}']
+    assert constrained(tokenizer, ["It is sunny.", *calls], tools=[strict]) == [True, True, False]
+
+
+def test_completions_and_responses_are_constrained_too(tokenizer):
+    outputs = {"structured_outputs": {"regex": "a+"}, "prompt": "x"}
+    assert constrained(tokenizer, ["aa", "b"], "/v1/completions", **outputs) == [True, False]
+    text = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}}
+    fields = {"input": "x", "text": text}
+    assert constrained(tokenizer, ['{"n": 1}', "{}"], "/v1/responses", **fields) == [True, False]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}},
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        {"structured_outputs": {"regex": "(a{1000}){1000}"}},
+        {"structured_outputs": {"regex": "(?=a)b"}},
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        {"structured_outputs": {"json": "{"}},
+        {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}},
+        {"tool_choice": "required"},
+    ],
+)
+def test_a_constraint_that_cannot_be_followed_is_400(client, fields):
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    answer = chat(client, "Hello", **fields)
+    assert answer.status_code == 400 and "\n" not in answer.json()["error"]["message"]

@@ -44,13 +44,15 @@ def make_app(
     add_error_handlers(app)
     for part in (completions, chat, responses, embeddings):
         app.include_router(part.router(server))
-    app.include_router(_small_endpoints(server))
+    app.include_router(_state(server))
+    app.include_router(_models_and_tokens(server))
     app.add_middleware(BodyLimit, max_bytes=server.limits.max_body_bytes)
     app.add_middleware(RequestLog, server=server)
     return app
 
 
-def _small_endpoints(server: Server) -> APIRouter:
+def _state(server: Server) -> APIRouter:
+    """The page, and how the server is."""
     routes = APIRouter()
 
     @routes.get("/", include_in_schema=False)
@@ -75,6 +77,13 @@ def _small_endpoints(server: Server) -> APIRouter:
     @routes.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
         return Response(server.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return routes
+
+
+def _models_and_tokens(server: Server) -> APIRouter:
+    """What is served, and its tokenizer."""
+    routes = APIRouter()
 
     @routes.get("/v1/models")
     async def models(http: HttpRequest) -> dict[str, Any]:

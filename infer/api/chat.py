@@ -12,6 +12,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from infer.api.answers import EventStream, chat_logprobs, events, new_id, usage
+from infer.api.constraints import asked_for
 from infer.api.errors import ApiError
 from infer.api.schemas import ChatRequest, Message, Tool
 from infer.api.server import Server, unless_gone
@@ -44,7 +45,7 @@ async def begin(server: Server, body: ChatRequest) -> "Answer":
     prompt = await asyncio.to_thread(dialog_tokens, server, body.messages, tools)
     limit = body.max_completion_tokens or body.max_tokens
     params = server.params(body, limit, logprobs=body.top_logprobs or 0)
-    requests = await server.requests([prompt], params, server.num_choices(body)[1])
+    requests = await server.requests([prompt], params, server.num_choices(body)[1], asked_for(body))
     return Answer(server, body, requests, [tool.function.name for tool in tools])
 
 

@@ -10,6 +10,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from infer.api.answers import EventStream, best, completion_logprobs, events, new_id, usage
+from infer.api.constraints import asked_for
 from infer.api.errors import ApiError
 from infer.api.schemas import CompletionRequest
 from infer.api.server import Server, unless_gone
@@ -44,10 +45,10 @@ async def begin(server: Server, body: CompletionRequest) -> "Answer":
         raise ApiError(f"{len(prompts) * made} continuations in one request, {_MOST_REQUESTS} allowed")
     if body.max_tokens == 0 and not body.echo:
         raise ApiError("max_tokens=0 continues nothing: it is for echo=true", param="max_tokens")
-    more = {"prompt_logprobs": True} if body.echo and body.logprobs is not None else {}
+    more = {"prompt_logprobs": body.logprobs} if body.echo else {}
     limit = None if body.max_tokens is None else max(body.max_tokens, 1)
     params = server.params(body, limit, logprobs=body.logprobs or 0, **more)
-    return Answer(server, body, await server.requests(prompts, params, made), shown, made)
+    return Answer(server, body, await server.requests(prompts, params, made, asked_for(body)), shown, made)
 
 
 def _prompts(body: CompletionRequest) -> Sequence[Any]:

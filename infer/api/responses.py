@@ -12,10 +12,13 @@ from starlette.responses import JSONResponse, Response
 
 from infer.api.answers import EventStream, event, new_id
 from infer.api.chat import dialog_tokens
+from infer.api.constraints import of_format
 from infer.api.errors import ApiError
 from infer.api.schemas import Message, ResponsesRequest, Sampling
 from infer.api.server import Server, unless_gone
 from infer.request import Request
+
+_ANY_TEXT = {"format": {"type": "text"}}
 
 
 def router(server: Server) -> APIRouter:
@@ -30,7 +33,8 @@ def router(server: Server) -> APIRouter:
             prompt = await asyncio.to_thread(dialog_tokens, server, _messages(body))
             sampling = Sampling(temperature=body.temperature, top_p=body.top_p)
             params = server.params(sampling, body.max_output_tokens)
-            (request,) = await server.requests([prompt], params, 1)
+            build = of_format(body.text.format.as_chat) if body.text else None
+            (request,) = await server.requests([prompt], params, 1, build)
             answer = _Answer(server, body, request)
             if body.stream:
                 return EventStream(answer.events(), stack.pop_all().close)
@@ -77,7 +81,7 @@ class _Answer:
             "parallel_tool_calls": False,
             "temperature": self._request.params.temperature,
             "top_p": self._request.params.top_p,
-            "text": {"format": {"type": "text"}},
+            "text": self._body.text.model_dump(by_alias=True, exclude_none=True) if self._body.text else _ANY_TEXT,
             "tool_choice": "none",
             "tools": [],
             "store": False,

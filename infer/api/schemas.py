@@ -30,6 +30,21 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] = False
 
 
+class StructuredOutputs(Body):
+    """What a text must be, as vLLM's clients say it: one of these."""
+
+    json_: dict[str, Any] | Text | None = Field(default=None, alias="json")
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=1024)] | None = None
+    grammar: Text | None = None
+
+    @model_validator(mode="after")
+    def _one(self):
+        if sum(value is not None for value in (self.json_, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("give one of json, regex, choice and grammar")
+        return self
+
+
 class Sampling(Body):
     """How tokens are chosen: fields that completions and chat share."""
 
@@ -63,6 +78,7 @@ class Sampling(Body):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=1024)] | None = None
     ignore_eos: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -170,7 +186,7 @@ class JsonSchema(Body):
 
     name: Text
     description: Text | None = None
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    schema_: dict[str, Any] | bool = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
@@ -251,6 +267,25 @@ class DetokenizeRequest(Body):
     tokens: list[TokenId]
 
 
+class ResponsesFormat(JsonSchema):
+    """What the text of /v1/responses must be; schema and name go with json_schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Text | None = None  # type: ignore[assignment]
+
+    @property
+    def as_chat(self) -> ResponseFormat:
+        """The same as chat names it."""
+        schema = JsonSchema(name=self.name or "", schema=self.schema_) if self.type == "json_schema" else None
+        return ResponseFormat(type=self.type, json_schema=schema)
+
+
+class ResponsesText(Body):
+    """How /v1/responses shall write."""
+
+    format: ResponsesFormat
+
+
 class ResponsesRequest(Body):
     """POST /v1/responses, without state."""
 
@@ -260,6 +295,7 @@ class ResponsesRequest(Body):
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    text: ResponsesText | None = None
     stream: bool | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None

@@ -4,18 +4,21 @@ import asyncio
 import contextlib
 import dataclasses
 import secrets
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
+from infer.api.constraints import Build
 from infer.api.errors import ApiError, overloaded
 from infer.api.limits import Limits
 from infer.api.metrics import ServerMetrics
 from infer.api.schemas import Sampling
 from infer.api.worker import Delta, Worker
 from infer.engine import Engine
+from infer.grammar import Grammars
 from infer.request import Request
 from infer.sampling import SamplingParams
 from llama_jax.tokenizer import Tokenizer
@@ -36,6 +39,7 @@ class Server:
     def __post_init__(self):
         """Metrics of its own."""
         self.metrics = ServerMetrics(self.engine)
+        self._lock, self._made = threading.Lock(), None
 
     def check_model(self, name: str | None) -> str:
         """The model to name in an answer. Raises ApiError 404 for one that is not served."""
@@ -102,18 +106,34 @@ class Server:
         except ValueError as error:
             raise ApiError(str(error)) from None
 
-    async def requests(self, prompts: Sequence[Any], params: SamplingParams, choices: int) -> list[Request]:
-        """Requests for the engine, choices of each prompt with seeds that follow. Raises ApiError 400."""
+    async def requests(
+        self, prompts: Sequence[Any], params: SamplingParams, choices: int, build: Build | None = None
+    ) -> list[Request]:
+        """Requests for the engine, choices of each prompt with seeds that follow, under the constraint of build.
+
+        Raises ApiError 400.
+        """
         all_params = [dataclasses.replace(params, seed=(params.seed + i) % 2**32) for i in range(choices)]
 
         def tokenize() -> list[Request]:
-            return [r for prompt in prompts for r in self.engine.requests([prompt] * choices, all_params)]
+            constraint = build(self._grammars()) if build is not None else None
+            requests = [r for prompt in prompts for r in self.engine.requests([prompt] * choices, all_params)]
+            for request in requests:
+                request.constraint = constraint and constraint.copy()
+            return requests
 
-        try:  # in a thread, because a long text takes a while
+        try:  # in a thread, because a long text or schema takes a while
             return await asyncio.to_thread(tokenize)
         except ValueError as error:
             too_long = "no room in a context" in str(error)
             raise ApiError(str(error), code="context_length_exceeded" if too_long else None) from None
+
+    def _grammars(self) -> Grammars:
+        """Made with the first constraint, once."""
+        with self._lock:
+            if self._made is None:
+                self._made = Grammars(self.tokenizer, self.engine.cfg.vocab_size)
+            return self._made
 
     async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Delta, None]:
         """What comes for any of the requests, timed. Raises ApiError 504 when they take too long."""
