@@ -4,6 +4,7 @@ The invariant: a batch is a bucket of shapes in which every place starts off (ro
 left), so that the arrays of a bucket alone are enough to compile it. Each shard of the batch axes has as many places.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,15 @@ import numpy as np
 from infer.sampling import SamplingParams, row_settings
 from infer.scheduler import Chunk, bucket, chunk_length
 from infer.scheduler import Sequence as Row
-from infer.sizes import prefill_rows, prefill_shapes, table_width, table_widths
+from infer.sizes import (
+    ROW_BASE_ELSEWHERE,
+    TABLE_BASE_ELSEWHERE,
+    TABLE_BASE_OF_FEW,
+    prefill_rows,
+    prefill_shapes,
+    table_width,
+    table_widths,
+)
 from infer.steps import AFTER_ALL, NUM_STOPS, Batch, Prompts, RowState
 
 
@@ -26,7 +35,8 @@ def filled_up(tokens: Sequence[int], size: int) -> np.ndarray:
 class Batches:
     """Batches for num_shards x num_rows rows of at most pages_a_row pages of page_size tokens.
 
-    A decode dispatch has at least least_rows rows a shard.
+    A decode dispatch has at least least_rows rows a shard. row_base and table_base: how much coarser the next bucket of
+    rows and pages is (infer/sizes.py); those of the few requests that need all of sampling are coarser.
     """
 
     num_shards: int
@@ -37,6 +47,8 @@ class Batches:
     length_multiple: int
     vocab_size: int
     least_rows: int = 1
+    row_base: int = ROW_BASE_ELSEWHERE
+    table_base: int = TABLE_BASE_ELSEWHERE
 
     def off(self, rows: int, width: int, *, full: bool) -> Batch:
         """Rows a shard that do nothing."""
@@ -57,9 +69,9 @@ class Batches:
 
     def decode(self, sequences: Sequence[Row]) -> tuple[list[int], Batch]:
         """The place of each sequence in the batch, and the batch."""
-        rows = self._decode_rows(max(Counter(s.shard for s in sequences).values()))
-        width = table_width(max(len(s.pages) for s in sequences), self.pages_a_row, self.page_size)
-        batch = self.off(rows, width, full=any(s.request.special for s in sequences))
+        full = any(s.request.special for s in sequences)
+        rows = self._decode_rows(max(Counter(s.shard for s in sequences).values()), full=full)
+        batch = self.off(rows, self._width(max(len(s.pages) for s in sequences), full=full), full=full)
         places = self._places(sequences, rows)
         self._enter(batch, places, sequences)
         batch.rows[places] = [s.row for s in sequences]
@@ -71,10 +83,9 @@ class Batches:
         fresh = chunks[0].start == 0
         length = self.length(max(stop - start for _, start, stop in chunks), fresh=fresh)
         count = max(Counter(s.shard for s in sequences).values())
-        rows = prefill_rows(count, length, self.prefill_chunk, self.num_rows, fresh=fresh)
-        pages = max(len(s.pages) for s in sequences)
-        width = self.fresh_width(length) if fresh else table_width(pages, self.pages_a_row, self.page_size)
-        batch = self.off(rows, width, full=any(s.request.special for s in sequences))
+        rows = prefill_rows(count, length, self.prefill_chunk, self.num_rows)
+        pages, full = max(len(s.pages) for s in sequences), any(s.request.special for s in sequences)
+        batch = self.off(rows, self.fresh_width(length) if fresh else self._width(pages, full=full), full=full)
         places = self._places(sequences, rows)
         self._enter(batch, places, sequences)
         params = [SamplingParams()] * (self.num_shards * rows)
@@ -95,8 +106,18 @@ class Batches:
         """Pages of the table of chunks that begin their prompts."""
         return -(-length // self.page_size)
 
-    def _decode_rows(self, count: int) -> int:
-        return max(self.least_rows, bucket(count, self.num_rows))
+    def _decode_rows(self, count: int, *, full: bool) -> int:
+        base = max(self.row_base, ROW_BASE_ELSEWHERE) if full else self.row_base
+        return max(self.least_rows, bucket(count, self.num_rows, base=base))
+
+    def _table_base(self, full: bool) -> int:
+        return max(self.table_base, TABLE_BASE_OF_FEW) if full else self.table_base
+
+    def _width(self, pages: int, *, full: bool) -> int:
+        return table_width(pages, self.pages_a_row, self.page_size, self._table_base(full))
+
+    def _widths(self, *, full: bool) -> list[int]:
+        return table_widths(self.pages_a_row, self.page_size, self._table_base(full))
 
     def _places(self, sequences: Sequence[Row], rows: int) -> list[int]:
         before: Counter[int] = Counter()
@@ -135,16 +156,16 @@ class Batches:
 
     def every_decode(self) -> Iterator[Batch]:
         """A batch of every bucket, off."""
-        for rows in sorted({self._decode_rows(count) for count in range(1, self.num_rows + 1)}):
-            for width in table_widths(self.pages_a_row, self.page_size):
-                yield from (self.off(rows, width, full=full) for full in (False, True))
+        for full in (False, True):
+            for rows in sorted({self._decode_rows(count, full=full) for count in range(1, self.num_rows + 1)}):
+                yield from (self.off(rows, width, full=full) for width in self._widths(full=full))
 
     def every_prefill(self) -> Iterator[tuple[Prompts, Batch, bool]]:
         """Chunks and a batch of every bucket, off, and whether the chunks begin their prompts."""
-        for fresh in (True, False):
-            for rows, tokens in prefill_shapes(self.prefill_chunk, self.num_rows, fresh=fresh):
+        for fresh, full in itertools.product((True, False), (False, True)):
+            # Prompts that need all of sampling are prefilled one at a time.
+            for rows, tokens in prefill_shapes(self.prefill_chunk, 1 if full else self.num_rows, fresh=fresh):
                 length = self.length(tokens, fresh=fresh)
                 prompts = self.off_prompts(rows, length, told=False)
-                widths = [self.fresh_width(length)] if fresh else table_widths(self.pages_a_row, self.page_size)
-                for width in widths:
-                    yield from ((prompts, self.off(rows, width, full=full), fresh) for full in (False, True))
+                for width in [self.fresh_width(length)] if fresh else self._widths(full=full):
+                    yield prompts, self.off(rows, width, full=full), fresh

@@ -20,7 +20,17 @@ from infer.request import Request
 from infer.sampling import Choice
 from infer.scheduler import MIN_CHUNK, Chunk, Scheduler, bucket
 from infer.scheduler import Sequence as Row
-from infer.sizes import CacheOptions, bytes_for_pages, page_bytes, page_size, platform
+from infer.sizes import (
+    ROW_BASE,
+    ROW_BASE_ELSEWHERE,
+    TABLE_BASE,
+    TABLE_BASE_ELSEWHERE,
+    CacheOptions,
+    bytes_for_pages,
+    page_bytes,
+    page_size,
+    platform,
+)
 from infer.steps import Told
 from infer.throughput import EngineStats, Throughput
 from llama_jax.entry import say
@@ -72,6 +82,8 @@ class Rounds:
             vocab_size=cfg.vocab_size,
             # Of one row XLA:TPU computes every weight product on the vector unit: twice the time of two.
             least_rows=2 if on == "tpu" else 1,
+            row_base=ROW_BASE.get(on, ROW_BASE_ELSEWHERE),
+            table_base=TABLE_BASE.get(on, TABLE_BASE_ELSEWHERE),
         )
         self.programs = Programs(model, num_rows=self._num_shards * self._batches.num_rows, num_steps=steps)
         self._dtype, self._cache, self._steps = cache.dtype or weights.dtype, cache, steps
@@ -179,7 +191,7 @@ class Rounds:
 
     def _row(self, request: Request) -> Row:
         tokens, whole = list(request.result.prompt_tokens), request.params.prompt_logprobs is not None
-        return Row(tokens, len(tokens) + request.room, request, whole)
+        return Row(tokens, len(tokens) + request.room, request, whole, request.special)
 
     def drop(self, request: Request) -> None:
         """Let it go, done or not; its pages are free at once."""

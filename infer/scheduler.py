@@ -38,13 +38,15 @@ class Sequence:
 
     to_fill: its tokens when it was given a row; cached: how many tokens stand in its pages once all that is
     dispatched has run; found: how many of them were there already when it first had a row; in_flight: tokens that
-    may come of what is dispatched; whole: nothing of it is looked for in the cache.
+    may come of what is dispatched; whole: nothing of it is looked for in the cache; special: its prompt is
+    prefilled alone.
     """
 
     tokens: list[int]
     limit: int
     request: Any = None
     whole: bool = False
+    special: bool = False
     shard: int = 0
     row: int = -1
     pages: list[int] = field(default_factory=list)
@@ -169,12 +171,14 @@ class Scheduler:
         first = filling[0]
         fresh = first.cached == 0
         length = chunk_length(first.to_fill - first.cached, self._chunk, fresh=fresh)
-        rows_left = dict.fromkeys(range(len(self.pools)), max(1, self._chunk // length))
+        special = first.special
+        # Those of few requests are coarse: one at a time keeps their programs few, too.
+        rows_left = dict.fromkeys(range(len(self.pools)), 1 if special else max(1, self._chunk // length))
         chunks = []
         for sequence in filling:
             rest = sequence.to_fill - sequence.cached
-            alike = sequence is first or (rest <= length and (sequence.cached == 0) == fresh)
-            if alike and rows_left[sequence.shard]:
+            alike = rest <= length and (sequence.cached == 0) == fresh and sequence.special == special
+            if (alike or sequence is first) and rows_left[sequence.shard]:
                 rows_left[sequence.shard] -= 1
                 chunks.append(Chunk(sequence, sequence.cached, sequence.cached + min(rest, length)))
         return chunks

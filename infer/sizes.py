@@ -22,8 +22,16 @@ from llama_jax.mesh import ShardingRules
 PAGE_SIZE = {"tpu": 128}
 PAGE_SIZE_ELSEWHERE = 64
 
-# Tokens of the shortest table: up to here a longer sequence compiles nothing.
+# Tokens of the shortest table: up to here a longer sequence compiles nothing. The next is so many times as long: the
+# kernel over pages of TPUs reads only those that are there, a gather all. Where few requests come, few programs do.
 MIN_TABLE = 256
+TABLE_BASE = {"tpu": 64}
+TABLE_BASE_ELSEWHERE = 4
+TABLE_BASE_OF_FEW = 16
+
+# Rows of a decode dispatch: powers of this. What is read for a row that is off costs an accelerator next to nothing.
+ROW_BASE = {"cpu": 2}
+ROW_BASE_ELSEWHERE = 4
 
 # Of the memory that is left; on CPUs others live in it, and a dispatch that decodes holds its rows' pages twice.
 _SHARE = {"cpu": 0.25}
@@ -88,31 +96,29 @@ def bytes_for_pages(
     return room
 
 
-def table_width(pages: int, pages_a_row: int, size: int) -> int:
-    """Pages of a dispatch's table: MIN_TABLE tokens, twice as many, and so on."""
+def table_width(pages: int, pages_a_row: int, size: int, base: int) -> int:
+    """Pages of a dispatch's table: MIN_TABLE tokens, base times as many, and so on."""
     width = max(1, MIN_TABLE // size)
     while width < pages:
-        width *= 2
+        width *= base
     return min(width, pages_a_row)
 
 
-def table_widths(pages_a_row: int, size: int) -> list[int]:
+def table_widths(pages_a_row: int, size: int, base: int) -> list[int]:
     """All of them."""
-    widths = [table_width(1, pages_a_row, size)]
+    widths = [table_width(1, pages_a_row, size, base)]
     while widths[-1] < pages_a_row:
-        widths.append(table_width(widths[-1] + 1, pages_a_row, size))
+        widths.append(table_width(widths[-1] + 1, pages_a_row, size, base))
     return widths
 
 
-def prefill_rows(count: int, length: int, chunk: int, num_rows: int, *, fresh: bool) -> int:
+def prefill_rows(count: int, length: int, chunk: int, num_rows: int) -> int:
     """Rows a shard of a prefill dispatch of chunks of this length, as far as chunk tokens hold them."""
-    return min(bucket(count, base=2 if fresh else 4), max(1, chunk // length), num_rows)
+    return min(bucket(count, base=4), max(1, chunk // length), num_rows)
 
 
 def prefill_shapes(chunk: int, num_rows: int, *, fresh: bool) -> Iterator[tuple[int, int]]:
     """Rows and lengths of all prefill dispatches."""
     for length in sorted({chunk_length(tokens, chunk, fresh=fresh) for tokens in range(1, chunk + 1)}):
         counts = range(1, min(max(1, chunk // length), num_rows) + 1)
-        yield from (
-            (n, length) for n in sorted({prefill_rows(n, length, chunk, num_rows, fresh=fresh) for n in counts})
-        )
+        yield from ((n, length) for n in sorted({prefill_rows(n, length, chunk, num_rows) for n in counts}))
