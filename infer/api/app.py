@@ -166,4 +166,6 @@ class RequestLog:
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self._server.metrics.answered(path, status, seconds)
-            LOG.info("%s %s %s %d %.3f s", request_id, scope["method"], path, status, seconds)
+            # Probes come every few seconds, and would hide the rest.
+            level = logging.DEBUG if path in ("/health", "/ready", "/metrics") else logging.INFO
+            LOG.log(level, "%s %s %s %d %.3f s", request_id, scope["method"], path, status, seconds)
