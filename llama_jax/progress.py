@@ -52,10 +52,15 @@ class _Lines:
             time.monotonic() - self._start,
             prefix=self._desc,
             unit=self._unit,
-            unit_scale=True,
+            unit_scale=_scaled(self._total, self._unit),
             bar_format=line,
         )
         print(text, file=sys.stderr, flush=True)
+
+
+def _scaled(total: int, unit: str) -> bool:
+    """Whether to write 12.3k: not for counts that are short as they are."""
+    return unit == "B" or total >= 1000
 
 
 @contextlib.contextmanager
@@ -71,7 +76,7 @@ def progress(total: int, *, desc: str, unit: str = "B", shown: bool = True) -> I
             total=total,
             desc=desc,
             unit=unit,
-            unit_scale=True,
+            unit_scale=_scaled(total, unit),
             disable=not shown,
             delay=_QUIET_SECONDS,
             dynamic_ncols=True,
