@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_SOURCE_BYTES = 2**17
 MAX_DEPTH = 64
-_SPACE = r"[ \n\r\t]{0,64}"  # without an end a model may write nothing else until its tokens are used up
+_SPACE = r"( |\n{1,2}[ \t]{0,20})?"  # without an end a model may write nothing else until its tokens are used up
 # llguidance's own, but the first, a fifth of theirs: text that a pattern forces, as (a{1000}){1000} does, is built
 # at once, which ends after a tenth of a second at this; an enum of 10,000 strings still passes.
 _LIMITS = {
@@ -61,7 +61,7 @@ class Grammars:
         self._tokenizer = _guidance_tokenizer(tokenizer)
 
     def json_schema(self, schema: Mapping[str, Any] | bool) -> "Constraint":
-        """Texts that are JSON and fit a schema, with white space where JSON may have it, some dozens at a place.
+        """Texts that are JSON and fit a schema, with a space or a new indented line where JSON may have it.
 
         Raises ValueError for a schema that is wrong, too large, or has what llguidance does not know.
         """
@@ -71,7 +71,7 @@ class Grammars:
         except (TypeError, ValueError) as error:
             raise ValueError(f"the schema is not JSON: {error}") from None
         _check_size("the schema", source)
-        space = {"whitespace_pattern": _SPACE} if isinstance(schema, Mapping) else None
+        space: Any = {"whitespace_pattern": _SPACE} if isinstance(schema, Mapping) else None
         grammar = self._library.LLMatcher.grammar_from_json_schema(source, overrides=space)
         return self._compiled("the schema", grammar)
 
