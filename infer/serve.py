@@ -6,11 +6,14 @@ status 1, so that a launcher starts it again.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
+import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,8 @@ from llama_jax.entry import run_entry, say
 from llama_jax.paths import as_path
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from infer.api.limits import Limits
     from infer.api.server import Server
 
@@ -78,30 +83,42 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--port {args.port}: expected 0 to 65535")
     import_api()
     limits = read_limits(args)
+    with bound(args.host, args.port) as port:  # before the weights are read, which takes minutes
+        use_compilation_cache()
+        open_devices()
+        server = make_server(args, limits, names=args.served_model_name or (), max_waiting=args.max_waiting)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+        listen(http_config(args, server), server, port)
+
+
+def http_config(args: argparse.Namespace, server: "Server") -> "uvicorn.Config":
+    """The application behind uvicorn."""
     import uvicorn
 
     from infer.api.app import make_app
 
-    use_compilation_cache()
-    open_devices()
-    server = make_server(args, limits, names=args.served_model_name or (), max_waiting=args.max_waiting)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     warm_up = server.engine.warmup if args.warmup else None
     app = make_app(server, root_path=args.root_path, warm_up=warm_up, grace_seconds=args.grace)
     if args.cors_origin:
         from fastapi.middleware.cors import CORSMiddleware
 
         app.add_middleware(CORSMiddleware, allow_origins=args.cors_origin, allow_methods=["*"], allow_headers=["*"])
-    config = uvicorn.Config(
-        app,
-        host=args.host,
-        port=args.port,
-        access_log=False,
-        log_level="warning",
-        timeout_graceful_shutdown=max(1, round(args.grace)),
-        server_header=False,
+    grace = max(1, round(args.grace))
+    return uvicorn.Config(
+        app, access_log=False, log_level="warning", timeout_graceful_shutdown=grace, server_header=False
     )
-    listen(config, server)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket of this address. Raises OSError if it is taken or not this machine's."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise OSError(f"--host {host} --port {port}: {error.strerror or error}; name another") from None
+    return found
 
 
 def import_api() -> None:
@@ -181,24 +198,35 @@ def _name(checkpoint: str | None) -> str:
     return Path(checkpoint).name if Path(checkpoint).exists() or "://" in checkpoint else checkpoint
 
 
-def listen(config, server: "Server") -> None:
-    """Answer until SIGTERM or Ctrl-C. Raises RuntimeError if the engine failed, OSError if the port is taken."""
+def listen(config: "uvicorn.Config", server: "Server", port: socket.socket) -> None:
+    """Answer until SIGTERM or Ctrl-C. Raises RuntimeError if the engine failed."""
     import asyncio
 
     import uvicorn
 
-    socket = config.bind_socket()
-    port = socket.getsockname()[1]
-    say(f"serving {', '.join(server.model_names)} at http://{config.host}:{port}/ (Ctrl-C stops)")
-    http = uvicorn.Server(config)
+    class Http(uvicorn.Server):
+        """One that ends as a process does that has done its work: uvicorn's own dies of the signal after all."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, self.handle_exit, number, None)
+            yield
+
+    http = Http(config)
+    host, number, *_ = port.getsockname()
+    host = f"[{host}]" if ":" in host else host
+
+    async def tell_and_watch() -> None:
+        while not http.started:
+            await asyncio.sleep(0.01)
+        say(f"serving {', '.join(server.model_names)} at http://{host}:{number}/ (Ctrl-C stops)")
+        await server.worker.closed.wait()
+        http.should_exit = True
 
     async def serve() -> None:
-        async def stop_with_the_engine() -> None:
-            await server.worker.closed.wait()
-            http.should_exit = True
-
-        watch = asyncio.create_task(stop_with_the_engine())
-        await http.serve(sockets=[socket])
+        watch = asyncio.create_task(tell_and_watch())
+        await http.serve(sockets=[port])
         watch.cancel()
 
     asyncio.run(serve())

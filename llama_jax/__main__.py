@@ -13,6 +13,8 @@ from llama_jax import __version__
 COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "generate": ("infer.generate", [], "continue a text, with the demo model or --checkpoint"),
     "chat": ("infer.generate", ["--chat"], "talk with a model: generate --chat"),
+    "serve": ("infer.serve", [], "answer OpenAI's clients, and browsers"),
+    "batch": ("infer.batch", [], "answer a file of requests, or make data of a template"),
     "pretrain": ("train.pretrain", [], "train a model, stage by stage"),
     "prepare": ("train.prepare", [], "turn text into the tokens that pretrain reads"),
     "report": ("train.report", [], "show a run as one HTML page"),
