@@ -1,8 +1,11 @@
 """Recall over the whole window: a synthetic source that teaches it, and needles that show it.
 
-Packed text seldom rewards looking far back. Here statements such as "The code for the small turtle is month signal
-tree." are strewn over text and made again later: their values are predicted only by looking back to where they
-stood. A needle is a statement in held-out text that is asked for at the end (the test of
+Packed text seldom rewards looking far back. Here statements such as "small turtle month signal." are strewn over
+text and made again later: the value, "month signal", is predicted only by looking back to where the key, "small
+turtle", stood. The value follows its key at once, and many rows hold little else: so induction heads (arXiv
+2209.11895) form within a hundred steps, also in a model of a few million parameters; with words between the two and
+statements strewn thinly they did not form within a thousand.
+A needle is a statement in held-out text that is asked for at the end (the test of
 github.com/gkamradt/LLMTest_NeedleInAHaystack). The invariant: rows are functions of their arguments alone, made
 from the raw 64-bit draws of Philox, which NumPy promises never to change (NEP 19).
 """
@@ -22,11 +25,11 @@ from jax.typing import DTypeLike
 from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer
 from train.data.packing import Batch, pack, stack
+from train.data.shards import TokenDataset
 from train.device import put_batch
 from train.evaluation import equal_batches
-from train.data.shards import TokenDataset
 
-SHARE = 0.5  # of a row's tokens are statements
+SHARES = (1.0, 0.5, 0.25)  # of a row's tokens are statements, each in a third of the rows
 
 # Words that the demo's vocabulary of 4,096 has whole.
 KINDS = (
@@ -48,7 +51,7 @@ WORDS = (
     "stream string such system tag task test text than thread time token tree true try two type used user "
     "value version wait want week when which width word work write year yield zero"
 ).split()
-VALUE_WORDS = 3  # of which there are a million and more
+VALUE_WORDS = 2  # of which there are twenty thousand
 
 
 class Draws:
@@ -68,7 +71,7 @@ class Draws:
 
 
 class Statement(NamedTuple):
-    """Tokens int32 of "The code for the small turtle is", " month signal tree" and "."."""
+    """Tokens int32 of "small turtle", " month signal" and "."."""
 
     question: np.ndarray
     answer: np.ndarray
@@ -81,16 +84,21 @@ class Statement(NamedTuple):
 
 
 def statements(count: int, draws: Draws, tokenizer: Tokenizer) -> list[Statement]:
-    """Statements about different things, their values drawn independently; at most len(KINDS) * len(THINGS)."""
+    """Statements about different things, their values drawn independently; at most len(KINDS) * len(THINGS).
+
+    A thing comes in a second kind only when all others have come in one.
+    """
 
     def encode(text: str) -> np.ndarray:
         return np.array(tokenizer.encode(text), np.int32)
 
+    things, kinds = draws.order(len(THINGS)), [draws.below(len(KINDS)) for _ in THINGS]
     made = []
-    for key in draws.order(len(KINDS) * len(THINGS))[:count]:
-        thing = f"{KINDS[key % len(KINDS)]} {THINGS[key // len(KINDS)]}"
+    for number in range(min(count, len(KINDS) * len(THINGS))):
+        turn, thing = divmod(number, len(THINGS))
+        kind = KINDS[(kinds[thing] + turn) % len(KINDS)]
         value = "".join(f" {WORDS[draws.below(len(WORDS))]}" for _ in range(VALUE_WORDS))
-        made.append(Statement(encode(f"\nThe code for the {thing} is"), encode(value), encode(".\n")))
+        made.append(Statement(encode(f"\n {kind} {THINGS[things[thing]]}"), encode(value), encode(".\n")))
     return made
 
 
@@ -118,8 +126,9 @@ def strewn(text: np.ndarray, inserts: Sequence[np.ndarray], places: Sequence[int
 class RecallRows:
     """Rows of seq_len tokens (see train.data.packing.Rows), each one document of text with statements strewn over it.
 
-    Statements take up SHARE of a row. Rows differ in how many there are: from one, made again and again, to so many
-    that each is made twice. So distances go from a few tokens to the whole window. Every token is in the loss.
+    Statements take up one of SHARES of a row. Rows also differ in how many there are: from one, made again and again,
+    to so many that each is made twice. So distances go from a few tokens to the whole window. Every token is in the
+    loss.
     """
 
     def __init__(self, seq_len: int, seed: int, *, stage: int = 0, text: TokenDataset, tokenizer: Tokenizer):
@@ -130,11 +139,11 @@ class RecallRows:
         self.seq_len, self._key, self._text, self._tokenizer = seq_len, (seed, stage, seq_len), text, tokenizer
         self._begin = np.array(tokenizer.encode("", bos=True), np.int32)
         (example,) = statements(1, Draws(0), tokenizer)
-        self._most = int(SHARE * seq_len) // len(example.tokens)
-        if self._most < 2:
+        self._most = [int(share * seq_len) // len(example.tokens) for share in SHARES]
+        if min(self._most) < 2:
             raise ValueError(
-                f"seq_len={seq_len} is too short for two statements of {len(example.tokens)} tokens in {SHARE:.0%} of "
-                "it; leave the source recall out of the mixture of this stage"
+                f"seq_len={seq_len} is too short for two statements of {len(example.tokens)} tokens in "
+                f"{min(SHARES):.0%} of it; leave the source recall out of the mixture of this stage"
             )
 
     def __len__(self) -> int:
@@ -144,9 +153,10 @@ class RecallRows:
     def row(self, index: int) -> Batch:
         """Row `index` >= 0, its arrays [T]."""
         draws = Draws(*self._key, index)
-        different = min(self._most // 2, len(KINDS) * len(THINGS))
+        most = self._most[draws.below(len(SHARES))]
+        different = min(most // 2, len(KINDS) * len(THINGS))
         different = max(1, different >> draws.below(different.bit_length()))
-        made = statements(different, draws, self._tokenizer) * (self._most // different)
+        made = statements(different, draws, self._tokenizer) * (most // different)
         inserts = [made[i].tokens for i in draws.order(len(made))]
         length = max(0, self.seq_len - sum(map(len, inserts)))
         text = drawn_text(self._text, length, draws, self._tokenizer)
