@@ -70,6 +70,7 @@ def test_a_report_says_in_json_and_in_text_what_was_found():
     assert found["passed"] is False
     assert (found["seq_len"], found["short_loss"], found["short_loss_before"]) == (4, 3.01, 3.0)
     assert found["needles"] == cells(4, 0, 10)
+    assert found["needles_before"] == cells(4, 0, 0)
     assert found["perplexity"][1] == {
         "context": 4,
         "positions": [2, 4],
@@ -82,14 +83,15 @@ def test_a_report_says_in_json_and_in_text_what_was_found():
     assert text.endswith("- 50% of the needles at 4 tokens are found; 90% must be")
 
 
-def test_the_plot_shows_each_length_as_it_was_last_asked(tmp_path, monkeypatch):
+def test_the_plot_shows_each_length_before_its_extension_and_as_it_was_last_asked(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     drawn = []
     monkeypatch.setattr(Axes, "imshow", lambda self, shares, **_: drawn.append(shares.tolist()))
     reports = [gate.report(BEFORE, after, [], short_len=2) for after in (BEFORE, AFTER)]
     gate.draw(tmp_path / "gates.png", reports)
-    assert drawn == [[[1.0, 0.8], [1.0, 1.0]]]  # a row a depth, a column a length
+    empty = [[pytest.approx(math.nan, nan_ok=True), 0.0]] * 2  # a row a depth, a column a length
+    assert drawn == [empty, [[1.0, 0.8], [1.0, 1.0]]]
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
 
 

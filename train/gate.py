@@ -99,13 +99,17 @@ def verdict(before: Reading, after: Reading, gate: GateConfig, old_len: int, new
 
 
 def report(before: Reading, after: Reading, reasons: Sequence[str], *, short_len: int) -> dict:
-    """What a gate found, to be written as JSON: passed, reasons, short losses, needles, and perplexity by position."""
+    """What a gate found, to be written as JSON: passed, reasons, short losses, needles and perplexity by position.
+
+    The last three each as the gate found them and as they were before.
+    """
     return {
         "seq_len": len(after.losses),
         "passed": not reasons,
         "reasons": list(reasons),
         "short_loss_before": before.short_loss,
         "short_loss": after.short_loss,
+        "needles_before": [dict(cell) for cell in before.needles],
         "needles": [dict(cell) for cell in after.needles],
         "perplexity": perplexity_rows(before.losses, after.losses, position_ranges(short_len, len(after.losses))),
     }
@@ -127,37 +131,60 @@ def report_text(found: Mapping[str, Any]) -> str:
 
 
 def draw(path: Path, reports: Sequence[Mapping[str, Any]]) -> None:
-    """A PNG of a run's gates: needles by depth and length as each length was last asked, and perplexity by position.
+    """A PNG of a run's gates: needles by depth and length and perplexity by position, before each extension and after.
 
-    Perplexities are those of the last gate.
+    Of several gates at one length the last is shown.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    cells = {(cell["depth"], cell["length"]): cell for found in reports for cell in found["needles"]}
-    depths, lengths = (sorted({place[i] for place in cells}) or [0] for i in (0, 1))
-    shares = np.full((len(depths), len(lengths)), np.nan)
-    for (depth, length), cell in cells.items():
+    last = {found["seq_len"]: found for found in reports}
+    cells: dict[str, list[Mapping[str, Any]]] = {
+        "before each extension": [cell for found in last.values() for cell in _at_new_length(found)],
+        "after it": [cell for found in reports for cell in found["needles"]],
+    }
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    lengths = sorted({cell["length"] for found in cells.values() for cell in found})
+    for axes, (title, found) in zip((left, middle), cells.items(), strict=True):
+        _draw_needles(axes, found, lengths)
+        axes.set(xlabel="context in tokens", ylabel="depth of the needle", title=f"needles found {title}")
+    _draw_perplexity(right, last)
+    with staged_file(path) as staged:
+        figure.savefig(staged, format="png", dpi=100)
+    pyplot.close(figure)
+
+
+def _at_new_length(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [cell for cell in found.get("needles_before", ()) if cell["length"] == found["seq_len"]]
+
+
+def _draw_needles(axes: Any, cells: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> None:
+    """The map of one moment; of several cells at one place the last is shown."""
+    depths = sorted({cell["depth"] for cell in cells}) or [0.0]
+    shares = np.full((len(depths), max(1, len(lengths))), np.nan)
+    for (depth, length), cell in {(cell["depth"], cell["length"]): cell for cell in cells}.items():
         row, column = depths.index(depth), lengths.index(length)
         shares[row, column] = cell["found"] / cell["asked"]
-        left.text(column, row, f"{cell['found']}/{cell['asked']}", ha="center", va="center")
+        axes.text(column, row, f"{cell['found']}/{cell['asked']}", ha="center", va="center")
     if cells:
-        left.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    left.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    left.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    left.set(xlabel="context in tokens", ylabel="depth of the needle", title="needles found")
-    rows = reports[-1]["perplexity"]
-    edges = [rows[0]["positions"][0], *(row["positions"][1] for row in rows)]
-    for key, label in (("perplexity_before", "before"), ("perplexity_after", "after")):
-        right.stairs([row[key] for row in rows], edges, label=label, baseline=None, lw=2)
-    right.set_xscale("symlog", base=2, linthresh=edges[1])
-    right.set_xticks(edges, [f"{edge:,}" for edge in edges])
-    right.set(yscale="log", xlabel="position", ylabel="perplexity", title=f"held out, {edges[-1]:,} tokens")
-    right.grid(alpha=0.3)
-    right.legend()
-    with staged_file(path) as staged:
-        figure.savefig(staged, format="png", dpi=120)
-    pyplot.close(figure)
+        axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+
+
+def _draw_perplexity(axes: Any, last: Mapping[int, Mapping[str, Any]]) -> None:
+    """Perplexity by position of the last gate at each length: dashed before the extension, solid after it."""
+    edges: list[int] = []
+    for number, (length, found) in enumerate(sorted(last.items())):
+        rows = found["perplexity"]
+        edges = [rows[0]["positions"][0], *(row["positions"][1] for row in rows)]
+        before, after = ([row[f"perplexity_{when}"] for row in rows] for when in ("before", "after"))
+        axes.stairs(before, edges, baseline=None, color=f"C{number}", ls="--")
+        axes.stairs(after, edges, baseline=None, color=f"C{number}", lw=2, label=f"{length:,} tokens")
+    axes.set_xscale("symlog", base=2, linthresh=edges[1])
+    axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
+    axes.set(yscale="log", xlabel="position", ylabel="perplexity", title="held out: before (dashed) and after")
+    axes.grid(alpha=0.3)
+    axes.legend()
