@@ -10,12 +10,12 @@ from llama_jax.mesh import ShardingRules
 from llama_jax.tokenizer import Tokenizer
 from train.checkpoints import Progress
 from train.config import PhaseConfig, TrainConfig
-from train.data.packing import PackedRows, Rows, share_past_half, stack
-from train.device import local_rows
 from train.data.mixture import RECALL, mixture_shares
+from train.data.packing import PackedRows, Rows, share_past_half, stack
 from train.data.recall import RecallRows
 from train.data.shards import TokenDataset, all_documents, open_sources
 from train.data.stream import Stream
+from train.device import local_rows
 
 # Rows of each source that are read to tell how far back tokens can look.
 _SAMPLE_ROWS = 16

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import grain
 
-from train.data.packing import Batch, Rows, stack
 from train.data.mixture import Mixture
+from train.data.packing import Batch, Rows, stack
 
 State = dict[str, tuple[int, int]]
 
