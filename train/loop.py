@@ -43,6 +43,7 @@ from train.optimizer import (
 from train.watching.expected import Expected
 from train.watching.goodput import EventLog
 from train.watching.metrics import MetricsLog, peak_flops, plot_loss, progress_line
+from train.watching.profile import Profile
 from train.watching.trackers import open_trackers
 
 # Ways out for a run that does not fit.
@@ -82,8 +83,16 @@ class Stage:
         # Skipped steps that the log tells of, and returns to the newest checkpoint.
         self._skipped = self._rollbacks = 0
 
-    def train(self, state: TrainState, progress: Progress, record: Mapping[str, Any], peers: Peers) -> None:
-        """Run the stage to its end, saving as it goes.
+    def train(
+        self,
+        state: TrainState,
+        progress: Progress,
+        *,
+        record: Mapping[str, Any],
+        peers: Peers,
+        profile: bool = False,
+    ) -> None:
+        """Run the stage to its end, saving as it goes; profile: with a trace of a few steps in the run directory.
 
         A signal saves the step it comes in and ends the run as `Interruption.leave` does. Raises ValueError for
         a gate that stays shut and for a loss that does not come back, OSError for a checkpoint that
@@ -96,6 +105,9 @@ class Stage:
             trackers = open_trackers(names, self.run_dir, resumed_step=progress.step, record=record)
             log = MetricsLog(self.run_dir, progress.step, trackers=trackers, writes=first)
             self.log = stack.enter_context(contextlib.closing(log))
+            self.profile = stack.enter_context(
+                contextlib.closing(Profile(self.run_dir / "profile" if profile else None))
+            )
             self.peers, self.stop = peers, stack.enter_context(Interruption(peers))
             watchdog = Watchdog(run.watchdog_seconds, peers, run_dir=self.run_dir)
             self.watchdog = stack.enter_context(watchdog)
@@ -128,11 +140,13 @@ class Stage:
         stream, mine = self.inputs.stream(phase, progress, rules)
         with stream:
             while progress.phase_step < end and not self._stopped:
-                batch = next(stream)
-                waited = stream.take_wait()
-                batch = put_batch(batch, rules, rows=mine, num_rows=self.settings.phase_rows(phase))
-                step = self._program(state, batch, phase, done=progress.phase_step)
-                state, metrics = step(state, batch)
+                with self.profile.step(progress.step):
+                    batch = next(stream)
+                    waited = stream.take_wait()
+                    batch = put_batch(batch, rules, rows=mine, num_rows=self.settings.phase_rows(phase))
+                    step = self._program(state, batch, phase, done=progress.phase_step)
+                    state, metrics = step(state, batch)
+                self.profile.done(metrics.loss)
                 progress = _advanced(progress, phase.batch_tokens, stream.state())
                 self.watchdog.step_done(metrics.loss)
                 self.log.count(phase.batch_tokens, waited=waited)

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from train.optimizer import TrainState
 
 
-def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = None) -> None:
+def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = None, *, profile: bool = False) -> None:
     """Train one stage to its end, from init, the newest whole checkpoint of the run, or fresh weights.
+
+    profile: leave a trace of a few steps in RUN_DIR/profile.
 
     Every process of the run calls it. Raises ValueError if the config has no such stage, if the stage before it
     is not done, if the run already has this stage and did not begin it from init, or if the run is another.
@@ -64,7 +66,8 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
             record = json.loads(together("prepare", lambda: _prepare(config, stage, run_dir, init))[0])
             job = Stage(config, stage, run_dir, make_optimizer(config.optimizer, config.stage[stage]))
             start = dataclasses.replace(start, run_id=record["run_id"])
-            job.train(_state(job, start, run_dir, source), start, record, peers)
+            state = _state(job, start, run_dir, source)
+            job.train(state, start, record=record, peers=peers, profile=profile)
 
 
 def with_rope_of(config: TrainConfig, stage: str, source: str | Path | None) -> TrainConfig:
@@ -215,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--init", metavar="C", help="checkpoint to start the stage from, with fresh optimizer state")
     parser.add_argument("--run-dir", metavar="D", help="default: runs/<config>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. run.seed=1")
+    parser.add_argument("--profile", action="store_true", help="leave a trace of a few steps in RUN_DIR/profile")
     parser.add_argument("--plan", metavar="SLICE", help="compile for a slice, e.g. v4:4x4x8, report and stop")
     parser.add_argument("--plan-seconds", type=float, metavar="N", help="with --plan: look so long for the best mesh")
     parser.add_argument("--hlo", metavar="F", help="with --plan: write the compiled program's text")
@@ -223,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.json and not (args.plan or args.check):
         parser.error("--json is what --plan and --check print; give one of them")
+    if args.profile and (args.plan or args.check):
+        parser.error("--profile belongs to training; leave out --plan and --check")
     if (args.hlo or args.plan_seconds) and not args.plan:
         parser.error("--hlo and --plan-seconds belong to --plan; give it, too")
     config = read_config(args.config, parse_settings(args.set))
@@ -244,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not check(config, args.stage, run_dir, as_json=args.json):
             sys.exit(1)
         return
-    pretrain(config, args.stage, run_dir, args.init)
+    pretrain(config, args.stage, run_dir, args.init, profile=args.profile)
 
 
 if __name__ == "__main__":
