@@ -1,20 +1,208 @@
-"""The one einsum through which every weight of the model is multiplied.
+"""Weights in few bits: one representation, and the one einsum through which every weight of the model is multiplied.
 
-Quantized weights and adapters plug in here; the model never asks what a weight is made of. Today
-a weight is a float array.
+A quantized weight sits in the model where a float array would, split over the mesh in the same way, and the model
+never asks what a weight is made of. Sources: LLM.int8() (arXiv 2208.07339), QLoRA for NF4 (2305.14314), GPTQ for the
+order of inputs (2210.17323), The Llama 3 Herd of Models section 6.2 for FP8. The invariant: a product with a quantized
+weight is the product with its `dequantize`d form, up to the rounding of activations that the weight itself asks for,
+and to float rounding.
 """
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
+
+from llama_jax.kernels import narrow
+
+
+class Quantization(NamedTuple):
+    """What the arrays of a quantized weight do not say.
+
+    code: None (linear) or "nf4". inputs: None (activations as they are), "int8" or "float8_e4m3fn" (each token's
+    rounded, scaled by its largest value, which is taken as at most bound).
+    """
+
+    code: str | None = None
+    inputs: str | None = None
+    bound: float = math.inf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedArray:
+    """A weight as (values - zeros) * scales, or with code "nf4" as NF4[values + 8] * scales.
+
+    values int8, int4 or float8_e4m3fn have the shape of the weight. scales are floats or themselves quantized, of the
+    same rank, and each dimension of values is a multiple of theirs: a block, split by no mesh. zeros are integers of
+    the shape of the scales, or None. order int32, or None: the weight's inputs, flattened, were put in this order.
+    """
+
+    values: Any
+    scales: Any
+    zeros: Any = None
+    order: Any = None
+    rest: Quantization = field(default=Quantization(), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight."""
+        return self.values.shape
+
+    def __getitem__(self, index: Any) -> "QuantizedArray":
+        """Itself for `...`, by which modules take the value of a parameter; stacked weights are sliced leaf by leaf."""
+        if index is not ...:
+            raise TypeError("a quantized weight is not indexed; take slices of its arrays with jax.tree.map")
+        return self
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Array:
+        """The whole weight as floats, computed in float32; its inputs are in `order` still."""
+        return narrow.widen(self.plain()).astype(dtype)
+
+    def plain(self) -> narrow.Narrow:
+        """Its arrays, with the scales as floats."""
+        scales = self.scales.dequantize() if isinstance(self.scales, QuantizedArray) else self.scales
+        return narrow.Narrow(self.values, scales, self.zeros, self.rest.code)
+
+    def product(
+        self, subscripts: str, x: Array, *, out_sharding: PartitionSpec, out_dtype: DTypeLike | None = None
+    ) -> Array:
+        """`einsum` with this weight; its gradient to x is as if no activation were rounded, to itself zero."""
+        how = _Product(subscripts, jax.typeof(x).sharding.spec, out_sharding, x.dtype, jnp.dtype(out_dtype or x.dtype))
+        return _product(how, x, self)
+
+
+def block_spec(shape: Sequence[int], spec: Sequence[Any]) -> PartitionSpec:
+    """How an array of this many blocks along each dimension is split where the weight is split by spec.
+
+    Raises ValueError for a mesh that splits a block.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for dim, axes in enumerate(spec):
+        num_parts = math.prod(sizes[axis] for axis in jax.tree.leaves(axes))
+        if shape[dim] > 1 and shape[dim] % num_parts:
+            raise ValueError(
+                f"the mesh splits {shape[dim]} groups of quantized weights into {num_parts} parts along "
+                f"{axes}; use a mesh that divides {shape[dim]}, or smaller groups"
+            )
+    return PartitionSpec(*(axes if size > 1 else None for size, axes in zip(shape, spec, strict=True)))
+
+
+class _Product(NamedTuple):
+    """What of a product is known when it is compiled."""
+
+    subscripts: str
+    x_spec: PartitionSpec
+    out_spec: PartitionSpec
+    dtype: np.dtype
+    out_dtype: np.dtype
+
+    @property
+    def letters(self) -> tuple[str, str, str]:
+        """Those of x, of the weight and of the result."""
+        operands, result = self.subscripts.split("->")
+        x, weight = operands.split(",")
+        return x, weight, result
+
+    @property
+    def inputs(self) -> list[str]:
+        """The contracted letters as they stand in x, which are its last."""
+        x, _, result = self.letters
+        return [letter for letter in x if letter not in result]
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """The mesh axes of each letter."""
+        x, _, result = self.letters
+        return dict(zip(result, self.out_spec, strict=True)) | dict(zip(x, self.x_spec, strict=True))
+
+    def weight_specs(self, weight: QuantizedArray) -> QuantizedArray:
+        """How a weight must be split for each device to multiply what it holds of x."""
+        letters = self.letters[1]
+
+        def spec(array: Any) -> Any:
+            if array is None or isinstance(array, QuantizedArray):
+                return array and self.weight_specs(array)
+            return block_spec(array.shape, [self.axes[letter] for letter in letters])
+
+        return QuantizedArray(spec(weight.values), spec(weight.scales), spec(weight.zeros), None, weight.rest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(how: _Product, x: Array, weight: QuantizedArray) -> Array:
+    return _multiply(how, x, weight, weight.rest.inputs)
+
+
+def _product_forward(how: _Product, x: Array, weight: QuantizedArray) -> tuple[Array, QuantizedArray]:
+    return _product(how, x, weight), weight
+
+
+def _product_backward(how: _Product, weight: QuantizedArray, gradient: Array) -> tuple[Array, Any]:
+    letters, result = how.letters[1:]
+    sizes = dict(zip(letters, weight.shape, strict=True)) | dict(zip(result, gradient.shape, strict=True))
+    mesh = jax.sharding.get_abstract_mesh()
+    x = jax.ShapeDtypeStruct(
+        [sizes[letter] for letter in how.letters[0]], how.dtype, sharding=jax.NamedSharding(mesh, how.x_spec)
+    )
+    (of_x,) = jax.linear_transpose(lambda x: _multiply(how, x, weight, None), x)(gradient)
+
+    def none(array: Array) -> Any:
+        if jnp.issubdtype(array.dtype, jnp.integer):
+            return np.zeros(array.shape, jax.dtypes.float0)
+        return jnp.zeros_like(array)
+
+    return of_x, jax.tree.map(none, weight)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _multiply(how: _Product, x: Array, weight: QuantizedArray, rounded: str | None) -> Array:
+    """The product on every device of what it holds, summed over those that split the inputs."""
+    num_inputs = len(how.inputs)
+    if weight.order is not None:
+        x = _in_order(x, weight.order, num_inputs, how.x_spec)
+    scale = None
+    if rounded is not None:
+        x, scale = narrow.round_inputs(x, num_inputs, rounded, weight.rest.bound)
+    weight_specs = how.weight_specs(weight)
+    weight = jax.tree.map(
+        reshard, QuantizedArray(weight.values, weight.scales, weight.zeros, None, weight.rest), weight_specs
+    )
+    split_inputs = tuple(jax.tree.leaves([how.axes[letter] for letter in how.inputs]))
+
+    def local(x: Array, scale: Array | None, weight: QuantizedArray) -> Array:
+        out = narrow.product(how.subscripts, x, weight.plain())
+        if scale is not None:
+            out = out * scale.reshape(*scale.shape, *(1,) * (out.ndim - scale.ndim))
+        out = out.astype(how.out_dtype)
+        return jax.lax.psum(out, split_inputs) if split_inputs else out
+
+    scale_spec = None if scale is None else PartitionSpec(*how.x_spec[:2])
+    run = jax.shard_map(local, in_specs=(how.x_spec, scale_spec, weight_specs), out_specs=how.out_spec)
+    return run(x, scale, weight)
+
+
+def _in_order(x: Array, order: Array, num_inputs: int, spec: PartitionSpec) -> Array:
+    """X with its last num_inputs dimensions, flattened, put in an order; gathered for it where the mesh splits them."""
+    rows, inputs = x.shape[: x.ndim - num_inputs], x.shape[x.ndim - num_inputs :]
+    whole = PartitionSpec(*spec[: len(rows)], *(None,) * num_inputs)
+    flat = jnp.reshape(reshard(x, whole), (*rows, -1), out_sharding=PartitionSpec(*whole[: len(rows) + 1]))
+    flat = flat.at[..., order].get(out_sharding=PartitionSpec(*whole[: len(rows) + 1]))
+    return reshard(jnp.reshape(flat, (*rows, *inputs), out_sharding=whole), spec)
 
 
 def einsum(
     subscripts: str,
     x: Array,
-    weight: Array,
+    weight: Any,
     *,
     out_sharding: PartitionSpec,
     out_dtype: DTypeLike | None = None,
@@ -23,8 +211,11 @@ def einsum(
 
     subscripts name batch and sequence "BT" in x and in the result. out_sharding places the result,
     and with it the reduction over a contracted axis that the mesh splits. Returns out_dtype, by
-    default the dtype of x; sums are float32 inside the product.
+    default the dtype of x; sums are float32 inside the product. A weight that is no array multiplies
+    itself: it has a method `product` that takes all the rest.
     """
+    if not isinstance(weight, Array):
+        return weight.product(subscripts, x, out_sharding=out_sharding, out_dtype=out_dtype)
     out_dtype = out_dtype or x.dtype
     subscripts = _contract_in_weight_order(subscripts)
     batch, sequence, *inputs = jax.typeof(x).sharding.spec

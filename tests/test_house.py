@@ -14,7 +14,7 @@ PACKAGES = ("llama_jax", "train", "infer")
 # A file imports from lower floors, or from its own without a circle.
 FLOORS = (
     ("config", "mesh", "paths", "tokenizer", "template", "chat", "progress", "slices", "program", "devices", "entry"),
-    ("rope", "quantize", "kernels"),
+    ("rope", "quantize", "schemes", "kernels"),
     ("attention", "cache"),
     ("model",),
     ("memory", "checkpoint", "convert", "plan"),
