@@ -1,5 +1,7 @@
 """A run beside transformers: it starts with transformers' loss on its own packed rows, and exports its own perplexity.
 
+A gate's baseline is transformers' loss of the weights that it was given.
+
 On the other side a 4-D mask and positions of their own keep packed documents apart.
 """
 
@@ -18,6 +20,8 @@ from llama_jax.convert import convert
 from llama_jax.mesh import sharding_rules
 from llama_jax.tokenizer import load_tokenizer
 from tests.reference import hf_model, save_hf
+from tests.test_hub import contents
+from tests.test_hub import hub as hub
 from tests.test_torch_curve import torch_loss
 from tests.test_train import CONFIG, run
 from train.checkpoints import Progress
@@ -82,6 +86,17 @@ def model_of(rope: RopeConfig, *, tied: bool) -> tuple[LlamaConfig, transformers
     return cfg, hf_model(cfg)
 
 
+def heldout_loss(model: transformers.LlamaForCausalLM) -> float:
+    """Of the first tokens of held-out documents, as a run evaluates."""
+    heldout = open_sources("data", "heldout")["text"]
+    documents = [heldout.document(i) for i in range(heldout.num_documents)]
+    rows = [document[: LENGTH + 1].tolist() for document in documents if len(document) > LENGTH]
+    tokens = torch.tensor(rows[: read_config("tiny.toml").run.eval_rows])
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
 @pytest.mark.parametrize(
     ("given", "rope_factor", "trained"),
     [(PLAIN, 1.0, PLAIN), (SCALED, 0.0, SCALED), (PLAIN, 8.0, SCALED)],
@@ -115,11 +130,23 @@ def test_an_exported_run_has_its_held_out_perplexity_in_transformers(workdir, tm
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert theirs.config.rope_parameters["factor"] == 8.0
-    heldout = open_sources("data", "heldout")["text"]
-    documents = [heldout.document(i) for i in range(heldout.num_documents)]
-    rows = [document[: LENGTH + 1].tolist() for document in documents if len(document) > LENGTH]
-    tokens = torch.tensor(rows[: read_config("tiny.toml").run.eval_rows])
-    with torch.no_grad():
-        loss = torch.nn.functional.cross_entropy(theirs(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
     ours = [line["heldout_loss"] for line in read_metrics(tmp_path / "run") if "heldout_loss" in line]
-    assert math.exp(ours[-1]) == pytest.approx(math.exp(loss.item()), rel=1e-5)
+    assert math.exp(ours[-1]) == pytest.approx(math.exp(heldout_loss(theirs)), rel=1e-5)
+
+
+@pytest.mark.parametrize("place", ["directory", "hub"])
+def test_a_gate_judges_by_the_weights_that_were_given(workdir, tmp_path, request, place):
+    _, start = model_of(SCALED, tied=True)  # while stage 1 of the config says that there is no scaling
+    given = save_hf(start, tmp_path / "hf")
+    if place == "hub":
+        request.getfixturevalue("hub").files = contents(given)
+        given = "org/name"
+    longer = {"stage.2.phases": [{"seq_len": 2 * LENGTH, "tokens": 2 * LENGTH}], "stage.2.batch_tokens": 2 * LENGTH}
+    settings = {key: value for key, value in STAGE.items() if not key.startswith("stage")} | longer
+    run(
+        "2", "--init", str(given), "--run-dir", str(tmp_path / "run"), *options(settings | {"stage.2.rope_factor": 4.0})
+    )
+    reading = json.loads((tmp_path / "run/readings/stage-2-phase-0.json").read_text())
+    assert reading["short_loss"] == pytest.approx(heldout_loss(start), rel=2e-6)
+    _, plain = model_of(PLAIN, tied=True)
+    assert abs(heldout_loss(plain) - heldout_loss(start)) > 1e-3

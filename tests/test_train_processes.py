@@ -49,7 +49,11 @@ def start(run_dir: str, *options: str, processes: int = 1, mesh: str = "fsdp=-1"
 
 def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     """The status of each, and what it wrote to stderr."""
-    written = [process.communicate(timeout=240)[1] for process in processes]
+    try:
+        written = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(process.returncode, text) for process, text in zip(processes, written, strict=True)]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, RopeConfig
 from llama_jax.entry import say
 from llama_jax.model import Llama
 from llama_jax.paths import make_directory, staged_file
@@ -31,9 +31,17 @@ class Extension:
     """The readings of one stage, for those of its phases that are longer than what came before."""
 
     def __init__(
-        self, config: TrainConfig, stage: str, run_dir: Path, heldout: Mapping[str, TokenDataset], tokenizer: Tokenizer
+        self,
+        config: TrainConfig,
+        stage: str,
+        run_dir: Path,
+        heldout: Mapping[str, TokenDataset],
+        tokenizer: Tokenizer,
+        *,
+        rope_before: RopeConfig,
     ):
-        """Reads nothing yet."""
+        """Reads nothing yet. rope_before: the RoPE of the weights that the stage begins with."""
+        self._rope_before = rope_before
         self._config, self._stage, self._run_dir, self._tokenizer = config, stage, run_dir, tokenizer
         self._settings, self._model = config.stage[stage], config.stage_model(stage)
         self._heldout = all_documents(heldout)
@@ -58,8 +66,7 @@ class Extension:
         if not self.lengthens(progress.phase) or self._path(progress.phase).exists():
             return
         if progress.phase_step == 0:  # the stage's start is judged by the RoPE that the weights came with
-            earlier = [self._config.stage_model(name) for name in takewhile(self._stage.__ne__, self._config.stage)]
-            params = with_config(params, dataclasses.replace(self._model, rope=[self._config.model, *earlier][-1].rope))
+            params = with_config(params, dataclasses.replace(self._model, rope=self._rope_before))
         reading = self._measure(params, progress.phase)
         if jax.process_index() == 0:
             make_directory(self._path(progress.phase).parent)

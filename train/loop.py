@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import get_mesh
 
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, RopeConfig
 from llama_jax.entry import say
 from llama_jax.memory import check_program
 from llama_jax.mesh import ShardingRules
@@ -68,15 +68,15 @@ def jit_step(
 class Stage:
     """One stage of a run, from wherever it stands to its end."""
 
-    def __init__(self, config: TrainConfig, name: str, run_dir: Path, optimizer: Optimizer):
-        """Reads the data; trains nothing yet."""
+    def __init__(self, config: TrainConfig, name: str, run_dir: Path, optimizer: Optimizer, *, rope_before: RopeConfig):
+        """Reads the data; trains nothing yet. rope_before: the RoPE that the weights come with."""
         self.config, self.name, self.run_dir, self.optimizer = config, name, run_dir, optimizer
         self.settings = config.stage[name]
         self.model: LlamaConfig = config.stage_model(name)
         tokenizer = load_tokenizer(config.data.directory)
         self.inputs = Inputs(config, name, tokenizer)
         self.heldout = open_sources(config.data.directory, "heldout", vocab_size=self.model.vocab_size)
-        self.extension = Extension(config, name, run_dir, self.heldout, tokenizer)
+        self.extension = Extension(config, name, run_dir, self.heldout, tokenizer, rope_before=rope_before)
         self._schedule = learning_rate_schedule(self.settings)
         self._programs: dict[tuple[int, int], jax.stages.Compiled] = {}
         self._expected: Expected | None = None

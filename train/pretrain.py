@@ -41,6 +41,7 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
     is not done, if the run already has this stage and did not begin it from init, or if the run is another.
     """
     # These import jax, which --help need not wait for.
+    from llama_jax.checkpoint.formats import open_checkpoint
     from llama_jax.checkpoint.together import together
     from train.faults.peers import Peers
     from train.loop import Stage
@@ -64,7 +65,9 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
             say(f"{described}: {config.name} stage {stage}")
             _check_memory(config, stage)
             record = json.loads(together("prepare", lambda: _prepare(config, stage, run_dir, init))[0])
-            job = Stage(config, stage, run_dir, make_optimizer(config.optimizer, config.stage[stage]))
+            optimizer = make_optimizer(config.optimizer, config.stage[stage])
+            rope = open_checkpoint(source).cfg.rope if source else config.model.rope
+            job = Stage(config, stage, run_dir, optimizer, rope_before=rope)
             start = dataclasses.replace(start, run_id=record["run_id"])
             state = _state(job, start, run_dir, source)
             job.train(state, start, record=record, peers=peers, profile=profile)
