@@ -54,7 +54,8 @@ def convert(src: str, dst: str, *, to: "Format", dtype: str | None = None, num_s
         raise ValueError(f"--num-shards {num_shards} is for --to meta only; the others are cut by size")
     vacant_directory(dst)
     checkpoint = open_checkpoint(src, **opening)
-    source = CanonicalSource(checkpoint.source, checkpoint.cfg, DTYPES[dtype] if dtype else None)
+    cast_to = DTYPES[dtype] if dtype else checkpoint.dtype if checkpoint.packed else None
+    source = CanonicalSource(checkpoint.source, checkpoint.cfg, cast_to)
     token_ids = checkpoint.metadata or _token_ids(checkpoint.companions)
     total = sum(map(num_bytes, source.tensors.values()))
     with staged_directory(dst) as staged, progress(total, desc="convert") as bar:

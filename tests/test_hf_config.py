@@ -154,7 +154,6 @@ def test_both_forms_at_once_must_agree(tmp_path):
         ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported, only 1"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config={'quant_method': 'gptq'} is not"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling of type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE scaling of type 'linear' is not supported"),
         ({"rope_scaling": COMMON["rope_scaling"] | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),

@@ -54,9 +54,8 @@ def weights_dtype(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> np.
     Raises ValueError for a type that is not of floats.
     """
     if dtype is None:
-        stored = checkpoint.source.tensors["model.embed_tokens.weight"].dtype
         on_cpu = jax.sharding.get_mesh().devices.flat[0].platform == "cpu"
-        dtype = jnp.float32 if on_cpu else stored
+        dtype = jnp.float32 if on_cpu else checkpoint.dtype
     return _float_dtype(dtype)
 
 

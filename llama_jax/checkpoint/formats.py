@@ -19,6 +19,8 @@ from llama_jax.checkpoint import hf, meta
 from llama_jax.checkpoint.hub import download
 from llama_jax.checkpoint.layout import check_tensors
 from llama_jax.checkpoint.names import canonical_shapes
+from llama_jax.checkpoint.quantized import QuantizedSource, open_quantized
+from llama_jax.checkpoint.quantized.packed import PackedWeight
 from llama_jax.checkpoint.safetensors import SafetensorsDirectory, write_sharded
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig, RopeConfig, set_field
@@ -44,7 +46,8 @@ class Checkpoint:
     """An opened checkpoint: its architecture, exactly the tensors of it, and where it came from.
 
     directory holds the weights, companions the tokenizer; metadata are token ids for config.json,
-    empty where the format does not say them.
+    empty where the format does not say them. packed: the weights that are stored quantized, which source
+    gives as float32; dtype is that of the others.
     """
 
     directory: Path
@@ -53,6 +56,8 @@ class Checkpoint:
     cfg: LlamaConfig
     source: Source
     metadata: Mapping[str, Any]
+    packed: Mapping[str, PackedWeight]
+    dtype: np.dtype
 
 
 def open_checkpoint(
@@ -83,7 +88,9 @@ def open_checkpoint(
     source, file_of = _open_source(form, directory, cfg)
     check_tensors(cfg, source, file_of)
     companions = _run_of(directory) if form == "orbax" else directory
-    return Checkpoint(directory, companions, form, cfg, CanonicalSource(source, cfg), metadata)
+    packed = source.packed if isinstance(source, QuantizedSource) else {}
+    dtype = source.tensors["model.embed_tokens.weight"].dtype
+    return Checkpoint(directory, companions, form, cfg, CanonicalSource(source, cfg), metadata, packed, dtype)
 
 
 def _override(cfg: LlamaConfig, key: str, value: Any) -> LlamaConfig:
@@ -106,7 +113,12 @@ def _open_source(form: Format, directory: Path, cfg: LlamaConfig) -> tuple[Sourc
         return meta.MetaSource(directory, cfg), lambda name: directory
     _refuse_pickled(directory)
     source = SafetensorsDirectory(directory)
-    return source, source.file_of
+    if (described := hf.read_quantization(directory)) is None:
+        return source, source.file_of
+    try:
+        return open_quantized(described, source), source.file_of
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
 
 
 def find_checkpoint(path: str, check: Callable[[LlamaConfig], None] | None = None) -> Path:

@@ -37,7 +37,6 @@ _REQUIRED = {
     "pruned_heads": {},
     "partial_rotary_factor": 1.0,
     "sliding_window": None,
-    "quantization_config": None,
 }
 
 # What belongs to a model beside its architecture; the defaults are transformers'.
@@ -55,7 +54,11 @@ _METADATA = frozenset(
     use_cache _attn_implementation_autoset _commit_hash""".split()
 )
 
-_KNOWN = {*_TYPES, *_REQUIRED, *_TOKEN_IDS, *_METADATA, "rope_scaling", "rope_parameters"} - {*_ROPE_KEYS}
+_QUANTIZATION = "quantization_config"
+
+_KNOWN = {*_TYPES, *_REQUIRED, *_TOKEN_IDS, *_METADATA, "rope_scaling", "rope_parameters", _QUANTIZATION} - {
+    *_ROPE_KEYS
+}
 
 
 def read_config(directory: Path, *, allow_unknown: bool = False) -> tuple[LlamaConfig, dict[str, Any]]:
@@ -65,14 +68,27 @@ def read_config(directory: Path, *, allow_unknown: bool = False) -> tuple[LlamaC
     a missing attribute, and, unless allow_unknown, an attribute that is not known.
     """
     path = directory / "config.json"
+    stored = _read_object(path)
+    try:
+        cfg = _parse_config({key: value for key, value in stored.items() if value is not None}, allow_unknown)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return cfg, {key: stored.get(key, default) for key, default in _TOKEN_IDS.items()}
+
+
+def read_quantization(directory: Path) -> Any:
+    """What directory/config.json says of how the weights are quantized; None if they are not."""
+    return _read_object(directory / "config.json").get(_QUANTIZATION)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
             raise ValueError(f"a JSON object was expected, not {type(stored).__name__}")
-        cfg = _parse_config({key: value for key, value in stored.items() if value is not None}, allow_unknown)
-    except ValueError as error:  # also what is not UTF-8 or not JSON
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8 or not JSON
         raise ValueError(f"{path}: {error}") from None
-    return cfg, {key: stored.get(key, default) for key, default in _TOKEN_IDS.items()}
+    return stored
 
 
 def _parse_config(config: dict[str, Any], allow_unknown: bool) -> LlamaConfig:

@@ -1,0 +1,214 @@
+"""What others publish in few bits: each format as its own library writes it, loaded to the library's own numbers."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+import llama_jax
+from llama_jax.checkpoint.formats import open_checkpoint
+from llama_jax.convert import convert
+from tests.reference import hf_logits, hf_model, relative_error, save_hf
+from tests.tiny import TINY
+
+TOKENS = np.random.default_rng(0).integers(0, 128, (2, 20))
+ROUNDING = 2e-5  # float32, of logits that are sums over three layers
+
+
+def logits(path, spec: str = "data=1", **options) -> np.ndarray:
+    with llama_jax.use_mesh(spec):
+        return np.asarray(llama_jax.load(path, dtype="float32", **options)(TOKENS))
+
+
+def linears(model) -> dict[str, torch.nn.Linear]:
+    """The matrices of the layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
+
+
+def add_quantization(directory: Path, described: dict, tensors: dict[str, torch.Tensor], gone: set[str]) -> Path:
+    """Replace tensors of a saved model by quantized ones, and say so in config.json."""
+    file = directory / "model.safetensors"
+    kept = {name: tensor for name, tensor in safetensors.torch.load_file(file).items() if name not in gone}
+    safetensors.torch.save_file(kept | {name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": described}))
+    return directory
+
+
+# compressed-tensors: written by its own compressor, read by transformers
+
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+FP8 = INT8 | {"type": "float"}
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+PER_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+COMPRESSED = {
+    "w8a8-int": ("int-quantized", INT8, PER_TOKEN),
+    "w8a8-float": ("float-quantized", FP8, PER_TOKEN | {"type": "float"}),
+    "w8a16": ("pack-quantized", INT8, None),
+    "w8a16-tensor": ("naive-quantized", FP8 | {"strategy": "tensor"}, None),
+    "w8a16-asymmetric": ("pack-quantized", INT8 | {"symmetric": False}, None),
+    "w4a16": ("pack-quantized", INT4, None),
+    "w4a16-asymmetric": ("pack-quantized", INT4 | {"symmetric": False}, None),
+    "w4a16-channel": ("pack-quantized", INT4 | {"strategy": "channel", "group_size": None}, None),
+}
+
+
+def compressed(directory: Path, format: str, weights: dict, inputs: dict | None) -> Path:
+    """A random model as llm-compressor saves one after calibrating by the largest value."""
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    config = QuantizationConfig(
+        config_groups={"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        format=format,
+        ignore=["lm_head"],
+        quantization_status="compressed",
+    )
+    model = hf_model(TINY)
+    save_hf(model, directory)
+    apply_quantization_config(model, config)
+    for module in linears(model).values():
+        args, w = module.quantization_scheme.weights, module.weight
+        parts = w if args.strategy == "tensor" else w.unflatten(1, (-1, args.group_size or w.shape[1]))
+        dims = None if args.strategy == "tensor" else -1
+        scale, zero = calculate_qparams(torch.amin(parts, dims or ()), torch.amax(parts, dims or ()), args)
+        module.weight_scale.data = scale.reshape(module.weight_scale.shape)
+        if hasattr(module, "weight_zero_point"):
+            module.weight_zero_point.data = zero.reshape(module.weight_zero_point.shape)
+    compressor = ModelCompressor.from_pretrained_model(model, quantization_format=format)
+    compressor.compress_model(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "weight" in name or "scale" in name}
+    described = json.loads(json.dumps(config.model_dump(), default=str))
+    return add_quantization(
+        directory, described, state, set(safetensors.torch.load_file(directory / "model.safetensors"))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_compressed_tensors_load_to_transformers_own_numbers(tmp_path, kind):
+    directory = compressed(tmp_path / "model", *COMPRESSED[kind])
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        directory, quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
+    )
+    assert relative_error(logits(directory), hf_logits(theirs, TOKENS)) < ROUNDING
+
+
+# The others: the library's own modules in place of a random model's, and the same model with what they stand for
+
+
+def dequantized(weights: dict[str, torch.Tensor]) -> np.ndarray:
+    """Logits of the random model with these matrices."""
+    model = hf_model(TINY)
+    missing = model.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()}, strict=False)
+    assert not missing.unexpected_keys
+    return hf_logits(model, TOKENS)
+
+
+def fbgemm(directory: Path) -> np.ndarray:
+    """Llama 3's rule for FP8, with the list of modules as Meta published it."""
+    model, tensors, meant = hf_model(TINY), {}, {}
+    save_hf(model, directory)
+    for name, module in linears(model).items():
+        if "mlp" in name and ".1." in name:
+            scale = module.weight.abs().amax(1, keepdim=True) / 448
+            tensors[f"{name}.weight"] = (module.weight / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_scale"] = scale.detach()
+            meant[name] = tensors[f"{name}.weight"].float() * scale
+    floats = ["lm_head", *(name for name in linears(model) if name not in meant)]
+    config = transformers.FbgemmFp8Config(activation_scale_ub=1200.0, modules_to_not_convert=floats)
+    add_quantization(directory, config.to_dict(), tensors, set())
+    return dequantized(meant)
+
+
+def bitsandbytes(directory: Path, make, meaning) -> np.ndarray:
+    """Modules of bitsandbytes, which quantize as they are moved, saved as transformers saves them."""
+    model, tensors, meant = hf_model(TINY), {}, {}
+    save_hf(model, directory)
+    for name, module in linears(model).items():
+        replaced = make(module.in_features, module.out_features)
+        replaced.load_state_dict(module.state_dict())
+        replaced.to("cpu")
+        tensors |= {f"{name}.{part}": tensor for part, tensor in replaced.state_dict().items()}
+        meant[name] = meaning(replaced.weight)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    add_quantization(directory, config.to_dict(), tensors, {f"{name}.weight" for name in meant})
+    return dequantized(meant)
+
+
+def four_bits(kind: str, nested: bool, directory: Path) -> np.ndarray:
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    def make(num_inputs: int, num_outputs: int):
+        return Linear4bit(num_inputs, num_outputs, bias=False, quant_type=kind, compress_statistics=nested)
+
+    def meaning(weight):
+        # As one row: 0.50.2 on CPU gives rows that are no number of blocks the scales of others.
+        state, shape = weight.quant_state, weight.quant_state.shape
+        state.shape = torch.Size([1, shape.numel()])
+        return dequantize_4bit(weight.data, state).reshape(shape)
+
+    return bitsandbytes(directory, make, meaning)
+
+
+def eight_bits(directory: Path) -> np.ndarray:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+    from bitsandbytes.nn import Linear8bitLt
+
+    def make(num_inputs: int, num_outputs: int):
+        return Linear8bitLt(num_inputs, num_outputs, bias=False, has_fp16_weights=False)
+
+    return bitsandbytes(directory, make, lambda w: int8_vectorwise_dequant(w.data, w.SCB))
+
+
+WRITERS = {
+    "fbgemm": fbgemm,
+    "nf4": functools.partial(four_bits, "nf4", False),
+    "nf4-nested": functools.partial(four_bits, "nf4", True),
+    "fp4": functools.partial(four_bits, "fp4", False),
+    "int8": eight_bits,
+}
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def written(request, tmp_path_factory):
+    """A directory, and the logits of what it stands for."""
+    directory = tmp_path_factory.mktemp(request.param) / "model"
+    return directory, WRITERS[request.param](directory)
+
+
+def test_files_load_to_their_publishers_own_numbers(written):
+    directory, theirs = written
+    assert relative_error(logits(directory), theirs) < ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["nf4-nested"])
+def test_every_mesh_gives_the_same_numbers(tmp_path, kind):
+    theirs = WRITERS[kind](tmp_path / "model")
+    assert relative_error(logits(tmp_path / "model", "fsdp=2,tensor=4", layout="layers"), theirs) < ROUNDING
+
+
+def test_slices_are_slices_of_the_whole(written):
+    source = open_checkpoint(written[0]).source
+    for name, spec in source.tensors.items():
+        whole = source.read(name)
+        if len(spec.shape) == 2:
+            for index in [(slice(3, 11), slice(5, 38)), (slice(16, 32), slice(32, 64)), (slice(None), slice(8, 9))]:
+                np.testing.assert_array_equal(source.read(name, index), whole[index])
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_converting_gives_floats(tmp_path, dtype):
+    theirs = fbgemm(tmp_path / "model")
+    convert(str(tmp_path / "model"), str(tmp_path / "floats"), to="hf", dtype=dtype)
+    assert "quantization_config" not in json.loads((tmp_path / "floats" / "config.json").read_text())
+    stored = open_checkpoint(tmp_path / "floats").source.tensors.values()
+    assert {spec.dtype.name for spec in stored} == {dtype or "float32"}
+    assert relative_error(logits(tmp_path / "floats"), theirs) < (2e-2 if dtype else ROUNDING)
