@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 API_KEY_VARIABLE = "LLAMA_JAX_API_KEYS"
 
+_MOST_FILES = 65536
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
@@ -65,6 +67,7 @@ def add_limit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key-file", metavar="F", help=f"a key a line; also {API_KEY_VARIABLE}, apart by commas")
     group.add_argument("--max-waiting", type=int, default=256, metavar="N", help="then 429; default: %(default)s")
     group.add_argument("--max-per-key", type=int, default=0, metavar="N", help="requests in flight of one API key")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer; default: what the context holds")
     group.add_argument("--max-choices", type=int, default=16, metavar="N", help="of n, best_of; default: %(default)s")
     group.add_argument(
         "--max-body-mib", type=float, default=8.0, metavar="M", help="of a request; default: %(default)s"
@@ -83,6 +86,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--port {args.port}: expected 0 to 65535")
     import_api()
     limits = read_limits(args)
+    allow_connections()
+    if args.host not in ("127.0.0.1", "::1", "localhost") and not limits.api_keys:
+        say(f"warning: whoever reaches {args.host} may ask, for there are no API keys (--api-key-file)")
     with bound(args.host, args.port) as port:  # before the weights are read, which takes minutes
         use_compilation_cache()
         open_devices()
@@ -94,8 +100,10 @@ def run(args: argparse.Namespace) -> None:
 def http_config(args: argparse.Namespace, server: "Server") -> "uvicorn.Config":
     """The application behind uvicorn."""
     import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     from infer.api.app import make_app
+    from infer.api.connection import guarded
 
     warm_up = server.engine.warmup if args.warmup else None
     app = make_app(server, root_path=args.root_path, warm_up=warm_up, grace_seconds=args.grace)
@@ -105,7 +113,12 @@ def http_config(args: argparse.Namespace, server: "Server") -> "uvicorn.Config":
         app.add_middleware(CORSMiddleware, allow_origins=args.cors_origin, allow_methods=["*"], allow_headers=["*"])
     grace = max(1, round(args.grace))
     return uvicorn.Config(
-        app, access_log=False, log_level="warning", timeout_graceful_shutdown=grace, server_header=False
+        app,
+        http=guarded(AutoHTTPProtocol),
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=grace,
+        server_header=False,
     )
 
 
@@ -119,6 +132,16 @@ def bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise OSError(f"--host {host} --port {port}: {error.strerror or error}; name another") from None
     return found
+
+
+def allow_connections() -> None:
+    """As many open files as this user may have: the usual 1,024 are fewer than the connections of a busy server."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def import_api() -> None:
@@ -136,8 +159,8 @@ def read_limits(args: argparse.Namespace) -> "Limits":
     for name in ("max_waiting", "max_per_key", "timeout", "grace"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
-    if args.max_choices < 1 or args.max_body_mib <= 0:
-        raise ValueError("--max-choices must be at least 1 and --max-body-mib above 0")
+    if args.max_choices < 1 or args.max_body_mib <= 0 or (args.max_new_tokens or 1) < 1:
+        raise ValueError("--max-choices and --max-new-tokens must be at least 1 and --max-body-mib above 0")
     keys = [key.strip() for key in os.environ.get(API_KEY_VARIABLE, "").split(",") if key.strip()]
     if args.api_key_file is not None:
         lines = as_path(args.api_key_file).read_text(encoding="utf-8").splitlines()
@@ -152,6 +175,7 @@ def read_limits(args: argparse.Namespace) -> "Limits":
         max_body_bytes=int(args.max_body_mib * 2**20),
         max_per_key=args.max_per_key,
         max_choices=args.max_choices,
+        max_new_tokens=args.max_new_tokens,
         timeout_seconds=args.timeout,
     )
 
@@ -232,6 +256,8 @@ def listen(config: "uvicorn.Config", server: "Server", port: socket.socket) -> N
     asyncio.run(serve())
     if server.worker.failure is not None:
         raise RuntimeError("the engine failed, see above") from server.worker.failure
+    if server.worker.stuck:
+        os._exit(0)  # Python would wait for the programs that are being compiled, for minutes
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import uvicorn
 from starlette.testclient import TestClient
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from infer.api.app import make_app
+from infer.api.connection import guarded
 from infer.api.limits import Limits
 from infer.api.server import Server
 from infer.api.worker import Worker
@@ -59,13 +62,17 @@ def until(condition):
 
 
 @contextlib.contextmanager
-def listening(server):
-    """The server on a real socket; gives its port."""
-    http = uvicorn.Server(uvicorn.Config(make_app(server), port=0, log_level="error", timeout_graceful_shutdown=5))
-    thread = in_a_thread(lambda: asyncio.run(http.serve()))
+def listening(server, send_buffer=1 << 16):
+    """The server on a real socket that holds so many bytes which a client has not read; gives its port."""
+    protocol = guarded(AutoHTTPProtocol)
+    config = uvicorn.Config(make_app(server), http=protocol, log_level="error", timeout_graceful_shutdown=5)
+    http = uvicorn.Server(config)
+    bound = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    thread = in_a_thread(lambda: asyncio.run(http.serve(sockets=[bound])))
     until(lambda: http.started)
     try:
-        yield http.servers[0].sockets[0].getsockname()[1]
+        yield bound.getsockname()[1]
     finally:
         http.should_exit = True
         thread.join()

@@ -41,6 +41,11 @@ def test_a_malformed_request_is_400_with_one_line(client, body):
     assert "\n" not in answer.json()["error"]["message"]
 
 
+def test_a_body_that_another_site_could_send_is_refused(client):
+    answer = client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 400 and "application/json" in answer.json()["error"]["message"]
+
+
 def test_a_prompt_that_is_too_long_is_told_by_its_code(client):
     answer = client.post("/v1/completions", json={"prompt": [5] * 512})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
@@ -72,6 +77,33 @@ def test_too_many_requests_are_429_and_told_when_to_return(tokenizer):
         first.join()
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+
+
+def test_what_is_still_being_tokenized_counts_as_waiting(tokenizer):
+    server = make_server(tokenizer, max_waiting=0, max_batch_size=2)
+    gate, make = threading.Event(), server.engine.requests
+    server.engine.requests = lambda *args: gate.wait(10) and make(*args)
+    with client_of(server) as client:
+
+        def ask():
+            return client.post("/v1/completions", json={"prompt": "x"}).status_code
+
+        begun = [in_a_thread(ask) for _ in range(2)]
+        until(lambda: server.metrics.in_flight._value.get() == 2)
+        assert ask() == 429
+        gate.set()
+        for thread in begun:
+            thread.join()
+        assert ask() == 200
+
+
+def test_an_answer_has_at_most_the_tokens_that_are_allowed(tokenizer):
+    server = make_server(tokenizer, lambda _: "word " * 50, limits=Limits(max_new_tokens=5))
+    hello = {"messages": [{"role": "user", "content": "Hello"}]}
+    with client_of(server) as client:
+        assert client.post("/v1/chat/completions", json=hello).json()["usage"]["completion_tokens"] == 5
+        refused = client.post("/v1/chat/completions", json=hello | {"max_tokens": 6})
+        assert refused.status_code == 400 and "5 tokens" in refused.json()["error"]["message"]
 
 
 def test_one_key_cannot_take_all(tokenizer):
@@ -114,6 +146,8 @@ def test_ready_waits_for_the_warm_up(tokenizer):
     gate = threading.Event()
     with client_of(make_server(tokenizer), warm_up=gate.wait) as client:
         assert (client.get("/health").status_code, client.get("/ready").status_code) == (200, 503)
+        early = client.post("/v1/completions", json={"prompt": "x"})
+        assert early.status_code == 503 and "retry-after" in early.headers
         gate.set()
         until(lambda: client.get("/ready").status_code == 200)
 

@@ -51,7 +51,7 @@ def serving(log, *options):
     command = [sys.executable, "-m", "infer.serve", *OPTIONS, *options]
     with log.open("w") as stderr, subprocess.Popen(command, env=environment, stderr=stderr) as process:
         try:
-            until(lambda: process.poll() is not None or "Ctrl-C stops" in log.read_text())
+            until(lambda: process.poll() is not None or "Ctrl-C stops" in log.read_text(), seconds=300)
             yield process, re.search(r"at (http://127\.0\.0\.1:\d+)/", log.read_text())[1]
         finally:
             process.kill()
@@ -178,6 +178,14 @@ def test_sigterm_lets_what_runs_end_and_the_status_is_zero(tmp_path):
             process.send_signal(signal.SIGTERM)
             pieces += list(stream)
         assert pieces[-1].choices[0].finish_reason == "length"
+        assert process.wait(timeout=60) == 0
+
+
+def test_sigterm_ends_a_warm_up(tmp_path):
+    with serving(tmp_path / "log", "--warmup", "--grace", "1") as (process, address):
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{address}/ready")
+        process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
 
 

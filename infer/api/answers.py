@@ -1,8 +1,9 @@
 """The pieces that OpenAI's answers are made of: ids, usage, log-probabilities and streams of events."""
 
+import contextlib
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -12,6 +13,8 @@ from infer.api.errors import ApiError
 from infer.request import Request, Result
 from llama_jax.tokenizer import Tokenizer
 
+# What the description of the API says of answers that may come in pieces.
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 LOWEST = -9999.0  # JSON has no -inf
 
 
@@ -88,26 +91,28 @@ def completion_logprobs(
 class EventStream(StreamingResponse):
     """Server-sent events, and what must happen when they end, however they do."""
 
-    def __init__(self, events: AsyncIterator[str], close: Callable[[], Any]):
+    def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], Any]):
         """What close does is done even if the client goes before the first event."""
+        self._events, self._close = events, close
         super().__init__(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
-        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One answer."""
         try:
             await super().__call__(scope, receive, send)
         finally:
+            await self._events.aclose()  # a client that goes while an event is sent leaves it standing
             self._close()
 
 
-async def events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def events(objects: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
     """Each object as an event, [DONE] at the end; an error in between is an event, too, and the last."""
     try:
-        async for item in objects:
-            yield event(item)
+        async with contextlib.aclosing(objects):
+            async for item in objects:
+                yield event(item)
         yield "data: [DONE]\n\n"
     except ApiError as error:
         yield event(error.body)

@@ -1,5 +1,6 @@
 """The application: OpenAI's endpoints, health, metrics and the page, behind limits and one log line a request."""
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import llama_jax
 from infer.api import chat, completions, embeddings, responses
 from infer.api.answers import new_id
-from infer.api.errors import ApiError, add_error_handlers, unavailable
+from infer.api.errors import ApiError, ErrorBody, add_error_handlers, unavailable
 from infer.api.limits import BodyLimit
 from infer.api.schemas import DetokenizeRequest, TokenizeRequest
 from infer.api.server import Server
@@ -40,7 +41,16 @@ def make_app(
         if not await server.worker.drain(grace_seconds):
             LOG.warning("requests were cut off after %g seconds", grace_seconds)
 
-    app = FastAPI(title="llama_jax", version=llama_jax.__version__, root_path=root_path, lifespan=life)
+    # FastAPI's own /docs would load its scripts from elsewhere.
+    app = FastAPI(
+        title="llama_jax",
+        version=llama_jax.__version__,
+        root_path=root_path,
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
     add_error_handlers(app)
     for part in (completions, chat, responses, embeddings):
         app.include_router(part.router(server))
@@ -71,7 +81,7 @@ def _state(server: Server) -> APIRouter:
         """Whether all is compiled and requests are taken."""
         server.worker.check_open()
         if not server.worker.ready.is_set():
-            raise unavailable("the engine is warming up")
+            raise unavailable("the engine is starting")
         return {"status": "ready"}
 
     @routes.get("/metrics", include_in_schema=False)
@@ -103,10 +113,10 @@ def _models_and_tokens(server: Server) -> APIRouter:
         server.limits.key_of(http.headers.get("authorization"))
         server.check_model(body.model)
         if body.messages is not None:
-            tokens = chat.dialog_tokens(server, body.messages)
+            tokens = await asyncio.to_thread(chat.dialog_tokens, server, body.messages)
         else:
             bos = body.add_special_tokens and server.tokenizer.bos_id is not None
-            tokens = server.tokenizer.encode(body.prompt or "", bos=bos)
+            tokens = await asyncio.to_thread(server.tokenizer.encode, body.prompt or "", bos=bos)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": server.engine.max_seq_len}
 
     @routes.post("/detokenize")
@@ -115,7 +125,7 @@ def _models_and_tokens(server: Server) -> APIRouter:
         server.limits.key_of(http.headers.get("authorization"))
         server.check_model(body.model)
         try:
-            return {"prompt": server.tokenizer.decode(body.tokens)}
+            return {"prompt": await asyncio.to_thread(server.tokenizer.decode, body.tokens)}
         except ValueError as error:
             raise ApiError(str(error), param="tokens") from None
 

@@ -4,14 +4,14 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from infer.api.answers import EventStream, chat_logprobs, events, new_id, usage
+from infer.api.answers import STREAMED, EventStream, chat_logprobs, events, new_id, usage
 from infer.api.constraints import asked_for
 from infer.api.errors import ApiError
 from infer.api.schemas import ChatRequest, Message, Tool
@@ -25,7 +25,7 @@ def router(server: Server) -> APIRouter:
     """The endpoint."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    @routes.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         """Say what the assistant says next."""
         with contextlib.ExitStack() as stack:
@@ -90,7 +90,7 @@ class Answer:
             )
         return self._head | {"object": "chat.completion", "choices": choices, "usage": self._usage()}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer as it comes. What may be a call is held back until it is one or is not."""
         turns = [_Turn(request) for request in self.requests]
         async with contextlib.aclosing(self._server.stream(self.requests)) as deltas:

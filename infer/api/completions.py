@@ -2,14 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from infer.api.answers import EventStream, best, completion_logprobs, events, new_id, usage
+from infer.api.answers import STREAMED, EventStream, best, completion_logprobs, events, new_id, usage
 from infer.api.constraints import asked_for
 from infer.api.errors import ApiError
 from infer.api.schemas import CompletionRequest
@@ -23,7 +23,7 @@ def router(server: Server) -> APIRouter:
     """The endpoint."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions", response_model=None)
+    @routes.post("/v1/completions", response_model=None, responses=STREAMED)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue one prompt or several, n times each."""
         num_requests = len(_prompts(body)) * server.num_choices(body, body.best_of)[1]
@@ -81,7 +81,7 @@ class Answer:
         results = [request.result for request in self.requests]
         return self._head | {"choices": choices, "usage": usage(results[:: self._made], results)}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer as it comes."""
         told = [0] * len(self.requests)
         begun = [False] * len(self.requests)

@@ -3,6 +3,7 @@
 The invariant: what is refused here has cost neither a token nor a page.
 """
 
+import asyncio
 import hmac
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infer.api.errors import ApiError, overloaded
 
+_BODY_SECONDS = 60.0
+
 
 @dataclass
 class Limits:
@@ -21,13 +24,15 @@ class Limits:
 
     api_keys: one of them must come as a bearer token; none: everybody may ask. max_body_bytes: of a request.
     max_per_key: requests in flight of one key (of all clients together without keys); 0: no bound.
-    max_choices: of n and best_of. timeout_seconds: of one request; 0: no bound.
+    max_choices: of n and best_of. max_new_tokens: of one answer; None: what the context holds. timeout_seconds: of
+    one request; 0: no bound.
     """
 
     api_keys: Sequence[str] = ()
     max_body_bytes: int = 8 << 20
     max_per_key: int = 0
     max_choices: int = 16
+    max_new_tokens: int | None = None
     timeout_seconds: float = 600.0
     _in_flight: Counter[str] = field(default_factory=Counter)
 
@@ -61,7 +66,7 @@ class Limits:
 
 
 class BodyLimit:
-    """Middleware that refuses bodies of more than so many bytes, whatever their headers say."""
+    """Middleware that refuses bodies of more than so many bytes, whatever their headers say, and those that crawl."""
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         """Wraps an application."""
@@ -74,16 +79,28 @@ class BodyLimit:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_bytes:
             return await self._refuse(scope, receive, send)
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                body = await self._read(receive)
+        except TimeoutError:
+            error = ApiError(f"the request was not all there after {_BODY_SECONDS:g} seconds", status=408)
+            return await error.response()(scope, receive, send)
+        if body is None:
+            return None
+        if len(body) > self._max_bytes:
+            return await self._refuse(scope, receive, send)
+        await self._app(scope, _replaying(bytes(body), receive), send)
+
+    async def _read(self, receive: Receive) -> bytearray | None:
+        """The body, or somewhat more than is allowed of it; None if the client has gone."""
         body, more = bytearray(), True
-        while more:
+        while more and len(body) <= self._max_bytes:
             message: Message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > self._max_bytes:
-                return await self._refuse(scope, receive, send)
-        await self._app(scope, _replaying(bytes(body), receive), send)
+        return body
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = ApiError(f"the request has more than {self._max_bytes} bytes", status=413, code="request_too_large")

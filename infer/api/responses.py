@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from infer.api.answers import EventStream, event, new_id
+from infer.api.answers import STREAMED, EventStream, event, new_id
 from infer.api.chat import dialog_tokens
 from infer.api.constraints import of_format
 from infer.api.errors import ApiError
@@ -25,7 +25,7 @@ def router(server: Server) -> APIRouter:
     """The endpoint."""
     routes = APIRouter()
 
-    @routes.post("/v1/responses", response_model=None)
+    @routes.post("/v1/responses", response_model=None, responses=STREAMED)
     async def responses(body: ResponsesRequest, http: HttpRequest) -> Response:
         """Answer a dialog."""
         with contextlib.ExitStack() as stack:
@@ -96,7 +96,7 @@ class _Answer:
             },
         }
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncGenerator[str, None]:
         """The stream of events, with names and numbers."""
         place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
         try:

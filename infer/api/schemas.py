@@ -1,7 +1,8 @@
 """What clients may send: the fields of OpenAI's API, and those that vLLM's clients add for sampling.
 
 The invariant: no field is taken and ignored. One that is unknown is refused by its name; one that this server
-cannot follow is refused unless its value asks for nothing; user, name, metadata and service_tier are notes by nature.
+cannot follow is refused unless its value asks for nothing; user, name, metadata, service_tier, safety_identifier,
+prompt_cache_key and a message's type are notes by nature.
 """
 
 from typing import Annotated, Any, Literal
@@ -133,6 +134,7 @@ class ToolCall(Body):
 class Message(Body):
     """One message of a dialog."""
 
+    type: Literal["text", "message"] | None = None
     role: Literal["system", "developer", "user", "assistant", "tool", "ipython", "function"]
     content: Text | list[TextPart] | None = None
     name: Text | None = None
@@ -219,6 +221,8 @@ class ChatRequest(Sampling):
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self):

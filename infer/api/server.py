@@ -40,6 +40,7 @@ class Server:
         """Metrics of its own."""
         self.metrics = ServerMetrics(self.engine)
         self._lock, self._made = threading.Lock(), None
+        self.num_admitted = 0
 
     def check_model(self, name: str | None) -> str:
         """The model to name in an answer. Raises ApiError 404 for one that is not served."""
@@ -58,9 +59,14 @@ class Server:
         key = self.limits.key_of(http.headers.get("authorization"))
         self.worker.check_open()
         with self.limits.one_more(key):
-            if self.worker.active + num_requests > self.worker.max_waiting + self.engine.max_batch_size:
-                raise overloaded(f"{self.worker.active} continuations are running or waiting; try again later", 1)
-            yield
+            room = self.worker.max_waiting + self.engine.max_batch_size
+            if self.num_admitted and self.num_admitted + num_requests > room:  # one alone is bounded by its body
+                raise overloaded(f"{self.num_admitted} continuations are running or waiting; try again later", 1)
+            self.num_admitted += num_requests
+            try:
+                yield
+            finally:
+                self.num_admitted -= num_requests
 
     def num_choices(self, body: Sampling, best_of: int | None = None) -> tuple[int, int]:
         """How many continuations of a prompt are shown, and how many are made. Raises ApiError."""
@@ -75,7 +81,13 @@ class Server:
         return shown, made
 
     def params(self, body: Sampling, max_new_tokens: int | None, **more: Any) -> SamplingParams:
-        """The request's settings over the defaults; without a limit of tokens all that the context has room for."""
+        """The request's settings over the defaults; without a limit of tokens all that is allowed or has room.
+
+        Raises ApiError 400.
+        """
+        most = self.limits.max_new_tokens or self.engine.max_seq_len
+        if self.limits.max_new_tokens and (max_new_tokens or 0) > most:
+            raise ApiError(f"an answer may have {most} tokens here, {max_new_tokens} are asked for", param="max_tokens")
         given = {
             "temperature": body.temperature,
             "top_p": body.top_p,
@@ -96,7 +108,7 @@ class Server:
             return dataclasses.replace(
                 self.defaults,
                 **{name: value for name, value in given.items() if value is not None},
-                max_new_tokens=max_new_tokens or self.engine.max_seq_len,
+                max_new_tokens=max_new_tokens or most,
                 seed=secrets.randbits(32) if body.seed is None else body.seed % 2**32,
                 stop=body.stops,
                 stop_tokens=self.defaults.stop_tokens + tuple(body.stop_token_ids or ()),

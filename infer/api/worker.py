@@ -36,6 +36,7 @@ class Worker:
         self.engine, self.max_waiting = engine, max_waiting
         self.ready, self.closed = asyncio.Event(), asyncio.Event()
         self.failure: BaseException | None = None
+        self._warming = False
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[int, _Listener] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -45,9 +46,14 @@ class Worker:
         """Run the engine, after warm_up; called from the event loop."""
         self._loop = asyncio.get_running_loop()
         if warm_up is not None:
+            self._warming = True
             self._inbox.put(warm_up)
-        self._inbox.put(lambda: self._tell(self.ready.set))
+        self._inbox.put(lambda: self._tell(self._is_warm))
         self._thread.start()
+
+    def _is_warm(self) -> None:
+        self._warming = False
+        self.ready.set()
 
     @property
     def active(self) -> int:
@@ -102,9 +108,14 @@ class Worker:
         """Raises ApiError 503 when no request can be taken."""
         if self.failure is not None or self._draining:
             raise unavailable(self._why())
+        if self._warming:  # not in the queue: compiling takes longer than clients wait
+            raise unavailable("the engine is warming up")
 
     async def drain(self, seconds: float) -> bool:
-        """Take nothing new and wait for what runs, at most so long; whether all of it ended. Then stop the thread."""
+        """Take nothing new and wait for what runs, at most so long; whether all of it ended. Then stop the thread.
+
+        `stuck` tells then whether it does not stop, as in a warm-up.
+        """
         self._draining = True
         deadline = self._loop.time() + seconds
         while self._listeners and self.failure is None and self._loop.time() < deadline:
@@ -112,8 +123,13 @@ class Worker:
         all_ended = not self._listeners
         self._inbox.put(None)
         self._end_streams()
-        await asyncio.to_thread(self._thread.join, 10.0)
+        await asyncio.to_thread(self._thread.join, 1.0 if self._warming else 10.0)
         return all_ended
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the engine's thread runs on."""
+        return self._thread.is_alive()
 
     def _why(self) -> str:
         return "the server is shutting down" if self.failure is None else f"the engine failed: {self.failure}"
