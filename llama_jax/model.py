@@ -93,9 +93,9 @@ class Attention(nnx.Module):
     def __init__(self, cfg: LlamaConfig, rules: ShardingRules, *, rngs: nnx.Rngs):
         d, k, g, h = cfg.embed_dim, cfg.num_kv_heads, cfg.num_groups, cfg.head_dim
         self.rules = rules
-        self.wq = weight(rngs, rules, (d, k, g, h), ("embed", "kv_heads", "q_groups", None))
-        self.wk = weight(rngs, rules, (d, k, h), ("embed", "kv_heads", None))
-        self.wv = weight(rngs, rules, (d, k, h), ("embed", "kv_heads", None))
+        self.wq = weight(rngs, rules, (k, g, h, d), ("kv_heads", "q_groups", None, "embed"))
+        self.wk = weight(rngs, rules, (k, h, d), ("kv_heads", None, "embed"))
+        self.wv = weight(rngs, rules, (k, h, d), ("kv_heads", None, "embed"))
         self.wo = weight(
             rngs,
             rules,
@@ -110,10 +110,10 @@ class Attention(nnx.Module):
         """[B, T, D] -> [B, T, D], and the cache with these tokens in it (None without one)."""
         split = functools.partial(split_like, x, self.rules)
         q = rotate(
-            einsum("BTD,DKGH->BTKGH", x, self.wq[...], out_sharding=split("kv_heads", "q_groups", None)), *angles
+            einsum("BTD,KGHD->BTKGH", x, self.wq[...], out_sharding=split("kv_heads", "q_groups", None)), *angles
         )
-        k = rotate(einsum("BTD,DKH->BTKH", x, self.wk[...], out_sharding=split("kv_heads", None)), *angles)
-        v = einsum("BTD,DKH->BTKH", x, self.wv[...], out_sharding=split("kv_heads", None))
+        k = rotate(einsum("BTD,KHD->BTKH", x, self.wk[...], out_sharding=split("kv_heads", None)), *angles)
+        v = einsum("BTD,KHD->BTKH", x, self.wv[...], out_sharding=split("kv_heads", None))
         alone = cache is None or cache.empty
         if cache is not None:
             cache = cache.update(k, v, tokens.positions)

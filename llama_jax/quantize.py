@@ -9,8 +9,10 @@ and to float rounding.
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -209,32 +211,59 @@ def einsum(
 ) -> Array:
     """Product of an activation [B, T, ...] with a weight, computed in the dtype of x.
 
-    subscripts name batch and sequence "BT" in x and in the result. out_sharding places the result,
-    and with it the reduction over a contracted axis that the mesh splits. Returns out_dtype, by
-    default the dtype of x; sums are float32 inside the product. A weight that is no array multiplies
-    itself: it has a method `product` that takes all the rest.
+    subscripts name batch and sequence "BT" in x and in the result, and further dimensions in the weight's
+    order. out_sharding places the result, and with it the reduction over a contracted axis that the mesh
+    splits. Returns out_dtype, by default the dtype of x; sums are float32 inside the product. A weight that
+    is no array multiplies itself: it has a method `product` that takes all the rest.
     """
     if not isinstance(weight, Array):
         return weight.product(subscripts, x, out_sharding=out_sharding, out_dtype=out_dtype)
-    out_dtype = out_dtype or x.dtype
     subscripts = _contract_in_weight_order(subscripts)
-    batch, sequence, *inputs = jax.typeof(x).sharding.spec
-    if sequence is not None:
-        return jnp.einsum(
-            subscripts, x, weight.astype(x.dtype), out_sharding=out_sharding, preferred_element_type=out_dtype
-        )
-    # B and T as one dimension N: a weight's gradient then contracts one dimension. Contracting two
-    # makes XLA:CPU transpose activations within the fusion that computes them, a quarter of a step.
-    rows = x.shape[:2]
-    x = jnp.reshape(x, (-1, *x.shape[2:]), out_sharding=PartitionSpec(batch, *inputs))
+    of_x, of_weight, of_result = re.split(",|->", subscripts)
+    specs = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec, out_sharding
+    joined = _joined((of_x, of_weight, of_result), specs)
+
+    def matrix(array: Array, letters: str, spec: PartitionSpec) -> Array:
+        shape, axes = [], []
+        for letter, dim, axis in zip(letters, array.shape, spec, strict=True):
+            if letter in joined:
+                shape[-1] *= dim
+            else:
+                shape.append(dim)
+                axes.append(axis)
+        return jnp.reshape(array, shape, out_sharding=PartitionSpec(*axes))
+
     out = jnp.einsum(
-        subscripts.replace("BT", "N"),
-        x,
-        weight.astype(x.dtype),
-        out_sharding=PartitionSpec(out_sharding[0], *out_sharding[2:]),
-        preferred_element_type=out_dtype,
+        subscripts.translate(dict.fromkeys(map(ord, joined))),
+        matrix(x, of_x, specs[0]),
+        matrix(weight, of_weight, specs[1]).astype(x.dtype),
+        out_sharding=PartitionSpec(
+            *(axis for letter, axis in zip(of_result, out_sharding, strict=True) if letter not in joined)
+        ),
+        preferred_element_type=out_dtype or x.dtype,
     )
-    return jnp.reshape(out, (*rows, *out.shape[1:]), out_sharding=out_sharding)
+    sizes = dict(zip(of_x, x.shape, strict=True)) | dict(zip(of_weight, weight.shape, strict=True))
+    return jnp.reshape(out, [sizes[letter] for letter in of_result], out_sharding=out_sharding)
+
+
+def _joined(operands: tuple[str, str, str], specs: tuple[PartitionSpec, ...]) -> set[str]:
+    """Letters whose dimension makes one with that before it: both are in the same operands, and no mesh axis splits it.
+
+    So a product is of matrices. Of more dimensions XLA:CPU transposes activations where a weight's gradient
+    contracts two, a quarter of a step, and at every decode step the weight that has its outputs first.
+    """
+    split = {
+        letter
+        for letters, spec in zip(operands, specs, strict=True)
+        for letter, axis in zip(letters, spec, strict=True)
+        if axis
+    }
+
+    def where(letter: str) -> list[bool]:
+        return [letter in letters for letters in operands]
+
+    pairs = (pair for letters in operands[:2] for pair in pairwise(letters))
+    return {after for before, after in pairs if after not in split and where(before) == where(after)}
 
 
 def _contract_in_weight_order(subscripts: str) -> str:

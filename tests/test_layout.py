@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import llama_jax
 from llama_jax.checkpoint import layout, load_opened, open_checkpoint
 from llama_jax.checkpoint.layout import reading_spec
+from llama_jax.checkpoint.names import StoredWeight
 from llama_jax.checkpoint.safetensors import num_bytes
 from llama_jax.model import Llama
 from tests.processes import free_address, outputs, start_python
@@ -133,7 +134,7 @@ def mesh_of(**axes: tuple[int, bool]) -> Mesh:
 
 
 @pytest.mark.parametrize(
-    ("shape", "spec", "num_inputs", "stacked", "expected"),
+    ("shape", "spec", "num_leading", "stacked", "expected"),
     [
         ((8, 64, 96), P(None, None, "tensor"), 1, True, P("data", None, "tensor")),  # replicas: to layers
         ((3, 64, 96), P(None, None, "tensor"), 1, True, P(None, None, ("tensor", "data"))),  # or rows
@@ -146,14 +147,22 @@ def mesh_of(**axes: tuple[int, bool]) -> Mesh:
         ((8, 64), P(None, None), 0, True, P(None, None)),  # norms
     ],
 )
-def test_axes_between_processes_share_the_reading(shape, spec, num_inputs, stacked, expected):
+def test_axes_between_processes_share_the_reading(shape, spec, num_leading, stacked, expected):
     mesh = mesh_of(data=(4, True), tensor=(2, False))
-    assert reading_spec(shape, spec, num_inputs, stacked, mesh) == expected
+    weight = StoredWeight("w", num_leading, transposed=True)
+    assert reading_spec(shape, spec, weight, stacked, mesh) == expected
+
+
+def test_the_rows_of_a_weight_with_its_outputs_first_are_its_first_dimensions():
+    mesh = mesh_of(data=(4, True), tensor=(2, False))
+    weight = StoredWeight("w", 2)
+    assert reading_spec((4, 8, 96), P("tensor", None, None), weight, False, mesh) == P("tensor", "data", None)
+    assert reading_spec((4, 8, 96), P("tensor", None, "data"), weight, False, mesh) == P("tensor", "data", None)
 
 
 def test_axes_within_a_process_stay_where_they_are():
     mesh = mesh_of(data=(4, False), tensor=(2, False))
-    assert reading_spec((64, 96), P("data", None), 1, False, mesh) == P("data", None)
+    assert reading_spec((64, 96), P("data", None), StoredWeight("w", 1), False, mesh) == P("data", None)
 
 
 FOUR_PROCESSES = """

@@ -205,7 +205,7 @@ def test_orthogonalized_matrices_equal_optax_and_have_singular_values_near_one()
     theirs, _ = jax.jit(lambda: muon.update(momentum, muon.init(momentum)))()
     with llama_jax.use_mesh("data=1") as mesh:
         placed = jax.device_put(momentum, jax.NamedSharding(mesh, jax.P()))
-        ours = np.asarray(jax.jit(functools.partial(orthogonalized, num_inputs=1, eps=1e-8))(placed))
+        ours = np.asarray(jax.jit(functools.partial(orthogonalized, num_leading=1, eps=1e-8))(placed))
     scale = STEP_RMS * math.sqrt(40)
     np.testing.assert_allclose(ours, np.asarray(theirs) * scale, atol=1e-5)
     values = np.linalg.svd(ours.reshape(3, 12, 40), compute_uv=False) / scale

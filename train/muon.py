@@ -1,7 +1,7 @@
 """Muon (arXiv 2502.16982): each step of a matrix is its momentum with the singular values drawn towards one.
 
-The Newton-Schulz iteration is Keller Jordan's. The weights of the layers are matrices, from their
-input to their output dimensions; embedding, head and norms follow Adam. The invariants: the step is
+The Newton-Schulz iteration is Keller Jordan's. The weights of the layers are matrices between their
+input and their output dimensions; embedding, head and norms follow Adam. The invariants: the step is
 the same on any mesh, because the compiler splits the products; and the state is Adam's, so that
 checkpoints are. (A matrix has no use for its nu, which is kept for that alone.)
 """
@@ -33,29 +33,32 @@ def scale_by_muon(b1: float, b2: float, eps: float) -> Any:
 
         def choose(path, update: Array, grad: Array, mu: Array) -> Array:
             (stored, *_), _ = stored_weights(jax.tree_util.keystr(path, simple=True, separator="."), 1)
-            if stored.num_inputs == 0:
+            if stored.num_leading == 0:
                 return update
-            return orthogonalized(b1 * mu + (1 - b1) * grad, stored.num_inputs, eps)
+            return orthogonalized(b1 * mu + (1 - b1) * grad, stored.num_leading, eps)
 
         return jax.tree.map_with_path(choose, updates, grads, optax.tree.get(state, "mu")), state
 
     return optax.GradientTransformation(adam.init, update)
 
 
-def orthogonalized(x: Array, num_inputs: int, eps: float) -> Array:
-    """Stacked matrices float32 [L, inputs..., outputs...] with singular values near one, scaled to STEP_RMS."""
-    inputs, outputs = math.prod(x.shape[1 : 1 + num_inputs]), math.prod(x.shape[1 + num_inputs :])
+def orthogonalized(x: Array, num_leading: int, eps: float) -> Array:
+    """Matrices float32 [L, rows..., columns...] with singular values near one, scaled to STEP_RMS.
+
+    num_leading: how many dimensions are rows.
+    """
+    rows, columns = math.prod(x.shape[1 : 1 + num_leading]), math.prod(x.shape[1 + num_leading :])
 
     def iterate(x: Array) -> Array:
-        wide = inputs <= outputs
-        m = x.reshape(-1, inputs, outputs)
+        wide = rows <= columns
+        m = x.reshape(-1, rows, columns)
         m = m if wide else m.mT
         m = m / (jnp.linalg.norm(m, axis=(1, 2), keepdims=True) + eps)
         a, b, c = COEFFICIENTS
         for _ in range(NUM_ITERATIONS):
             gram = m @ m.mT
             m = a * m + (b * gram + c * gram @ gram) @ m
-        return (m if wide else m.mT).reshape(x.shape) * (STEP_RMS * max(inputs, outputs) ** 0.5)
+        return (m if wide else m.mT).reshape(x.shape) * (STEP_RMS * max(rows, columns) ** 0.5)
 
     split_by_compiler: Any = jax.sharding.auto_axes(iterate, out_sharding=jax.typeof(x).sharding)
     return split_by_compiler(x)

@@ -21,7 +21,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_mesh, reshard
 from jax.typing import DTypeLike
 
-from llama_jax.checkpoint.names import StoredWeight, canonical_shapes, matrix_slices, stored_weights
+from llama_jax.checkpoint.names import StoredWeight, canonical_shapes, stored_weights
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Layout, Llama
@@ -99,8 +99,8 @@ class _Leaf:
         assert abstract.sharding is not None
         self._shape, self._spec, self._dtype = abstract.shape, abstract.sharding.spec, dtype
         mesh = get_mesh()
-        num_inputs = self._weights[0].num_inputs
-        self._reading = NamedSharding(mesh, reading_spec(self._shape, self._spec, num_inputs, self._stacked, mesh))
+        spec = reading_spec(self._shape, self._spec, self._weights[0], self._stacked, mesh)
+        self._reading = NamedSharding(mesh, spec)
         self._holders = defaultdict(list)  # replicas of one part are read once
         for device, index in self._reading.addressable_devices_indices_map(self._shape).items():
             bounds = tuple(s.indices(dim)[:2] for s, dim in zip(index or (), self._shape, strict=True))
@@ -126,7 +126,7 @@ class _Leaf:
                     shape, out, index = shape[1:], part[layer - index[0].start], index[1:]
                 blocks += [
                     pool.submit(_read_block, source, weight.name, stored, block)
-                    for stored, block in _blocks(weight.num_inputs, shape, index, out)
+                    for stored, block in _blocks(weight, shape, index, out)
                 ]
         return parts, blocks
 
@@ -145,7 +145,7 @@ class _Leaf:
 
 
 def reading_spec(
-    shape: tuple[int, ...], spec: PartitionSpec, num_inputs: int, stacked: bool, mesh: Mesh
+    shape: tuple[int, ...], spec: PartitionSpec, weight: StoredWeight, stacked: bool, mesh: Mesh
 ) -> PartitionSpec:
     """How processes share the reading of an array that will be split by spec.
 
@@ -157,14 +157,14 @@ def reading_spec(
     if len(shape) - first == 1:
         return spec
     axes: list[tuple[str, ...]] = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
-    rows = range(first + num_inputs, len(shape)) if num_inputs else range(first, first + 1)
+    of_weight = range(first, len(shape))
+    rows, columns = weight.sides(of_weight) if weight.num_leading else (of_weight[:1], of_weight[1:])
     dims = [*range(first), *rows]
-    columns = [dim for dim in range(len(shape)) if dim not in dims]
     for axis in _axes_between_processes(mesh):
         home = next((dim for dim, names in enumerate(axes) if axis in names), None)
         if home in dims:
             continue
-        for dim in dims if home is not None else dims + columns:
+        for dim in dims if home is not None else [*dims, *columns]:
             if shape[dim] % math.prod(mesh.shape[name] for name in (*axes[dim], axis)) == 0:
                 if home is not None:
                     axes[home] = tuple(name for name in axes[home] if name != axis)
@@ -186,17 +186,11 @@ def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _blocks(
-    num_inputs: int, shape: tuple[int, ...], index: tuple[slice, ...], out: np.ndarray
+    weight: StoredWeight, shape: tuple[int, ...], index: tuple[slice, ...], out: np.ndarray
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     """Slices of a stored tensor, and the views of out, the part `index` of a weight of this shape, that take them."""
-    if num_inputs:
-        sides = [
-            matrix_slices(shape[num_inputs:], index[num_inputs:]),
-            matrix_slices(shape[:num_inputs], index[:num_inputs]),
-        ]
-        out = out.reshape(math.prod(out.shape[:num_inputs]), -1).T
-    else:
-        sides = [[s] for s in index]
+    sides = weight.ranges(shape, index)
+    out = weight.as_matrix(out)
     row_bytes = max(1, out[:1].nbytes)
     steps = [max(_TILE, _BLOCK_BYTES // row_bytes), max(out.shape)]
     placed = [list(_placed(ranges, step)) for ranges, step in zip(sides, steps, strict=False)]
@@ -254,17 +248,16 @@ class ModelSource:
 
 
 def _to_canonical(x: Array, weight: StoredWeight, vocab_size: int) -> Array:
-    n = weight.num_inputs
+    n = weight.num_leading
     if n == 0:
         if x.ndim == 1 or x.shape[0] == vocab_size:
             return x
         return reshard(x, PartitionSpec(None, jax.typeof(x).sharding.spec[1]))[:vocab_size]
     # A matrix side keeps the split of its first dimension; the others are gathered before they merge.
     spec = [axes if i in (0, n) else None for i, axes in enumerate(jax.typeof(x).sharding.spec)]
-    x = reshard(x, PartitionSpec(*spec)).transpose(*range(n, x.ndim), *range(n))
-    outputs = x.ndim - n
-    return jnp.reshape(
-        x,
-        (math.prod(x.shape[:outputs]), math.prod(x.shape[outputs:])),
-        out_sharding=PartitionSpec(spec[n], spec[0]),
+    x = jnp.reshape(
+        reshard(x, PartitionSpec(*spec)),
+        (math.prod(x.shape[:n]), -1),
+        out_sharding=PartitionSpec(spec[0], spec[n]),
     )
+    return x.T if weight.transposed else x

@@ -1,39 +1,67 @@
 """The one table between the model's weights and their canonical (Hugging Face) names and shapes.
 
-A linear weight of the model has its input dimensions first, split as the mesh splits them
-([D, K, G, H] for queries); its canonical form is one matrix [out, in]. Everything else is stored
+A linear weight of the model has its inputs and outputs in several dimensions, as the mesh splits them
+([K, G, H, D] for queries); its canonical form is one matrix [out, in]. Everything else is stored
 as it is.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from llama_jax.config import LlamaConfig
 
+T = TypeVar("T")
+
 
 class StoredWeight(NamedTuple):
-    """Canonical name, and how many leading dimensions of the model's weight are inputs (0: stored as it is)."""
+    """Canonical name, and how the model's weight is a matrix.
+
+    num_leading: how many of its dimensions are its first side (0: it is no matrix, and stored as it is).
+    transposed: these are the inputs, which the stored matrix has last.
+    """
 
     name: str
-    num_inputs: int
+    num_leading: int = 0
+    transposed: bool = False
+
+    def sides(self, of_dims: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+        """What belongs to the output and to the input dimensions, in the order of the stored matrix."""
+        first, second = of_dims[: self.num_leading], of_dims[self.num_leading :]
+        return (second, first) if self.transposed else (first, second)
+
+    def ranges(self, dims: tuple[int, ...], index: tuple[slice, ...]) -> list[list[slice]]:
+        """By side of the stored tensor, the ranges that an index into the model's weight of these dims covers."""
+        if not self.num_leading:
+            return [[s] for s in index]
+        return [matrix_slices(*side) for side in zip(self.sides(dims), self.sides(index), strict=True)]
+
+    def as_matrix(self, values: np.ndarray) -> np.ndarray:
+        """A part of the model's weight as the stored tensor has it, not copied."""
+        if not self.num_leading:
+            return values
+        matrix = values.reshape(math.prod(values.shape[: self.num_leading]), -1)
+        return matrix.T if self.transposed else matrix
 
 
 _LAYER = {
-    "attention_norm.scale": StoredWeight("input_layernorm.weight", 0),
-    "attention.wq": StoredWeight("self_attn.q_proj.weight", 1),
-    "attention.wk": StoredWeight("self_attn.k_proj.weight", 1),
-    "attention.wv": StoredWeight("self_attn.v_proj.weight", 1),
-    "attention.wo": StoredWeight("self_attn.o_proj.weight", 3),
-    "mlp_norm.scale": StoredWeight("post_attention_layernorm.weight", 0),
-    "mlp.w_gate": StoredWeight("mlp.gate_proj.weight", 1),
-    "mlp.w_up": StoredWeight("mlp.up_proj.weight", 1),
-    "mlp.w_down": StoredWeight("mlp.down_proj.weight", 1),
+    "attention_norm.scale": StoredWeight("input_layernorm.weight"),
+    "attention.wq": StoredWeight("self_attn.q_proj.weight", 3),
+    "attention.wk": StoredWeight("self_attn.k_proj.weight", 2),
+    "attention.wv": StoredWeight("self_attn.v_proj.weight", 2),
+    "attention.wo": StoredWeight("self_attn.o_proj.weight", 3, transposed=True),
+    "mlp_norm.scale": StoredWeight("post_attention_layernorm.weight"),
+    "mlp.w_gate": StoredWeight("mlp.gate_proj.weight", 1, transposed=True),
+    "mlp.w_up": StoredWeight("mlp.up_proj.weight", 1, transposed=True),
+    "mlp.w_down": StoredWeight("mlp.down_proj.weight", 1, transposed=True),
 }
 
 _MODEL = {
-    "embedding": StoredWeight("model.embed_tokens.weight", 0),
-    "final_norm.scale": StoredWeight("model.norm.weight", 0),
-    "head": StoredWeight("lm_head.weight", 0),
+    "embedding": StoredWeight("model.embed_tokens.weight"),
+    "final_norm.scale": StoredWeight("model.norm.weight"),
+    "head": StoredWeight("lm_head.weight"),
 }
 
 
@@ -77,7 +105,7 @@ def canonical_shapes(cfg: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def matrix_slices(dims: tuple[int, ...], index: tuple[slice, ...]) -> list[slice]:
+def matrix_slices(dims: Sequence[int], index: Sequence[slice]) -> list[slice]:
     """The flat ranges of a matrix side that an index into its dims covers: one where it is contiguous.
 
     dims (K, G, H) with part of G gives one range for each K, with part of H one for each K and G.

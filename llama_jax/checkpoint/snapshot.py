@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from llama_jax.checkpoint.formats import write_model_file
-from llama_jax.checkpoint.names import StoredWeight, canonical_shapes, matrix_slices, stored_weights
+from llama_jax.checkpoint.names import StoredWeight, canonical_shapes, stored_weights
 from llama_jax.checkpoint.orbax import Box, TreeWriter, chunk_shape, finish_tree
 from llama_jax.checkpoint.source import TensorSpec
 from llama_jax.checkpoint.together import write_together
@@ -42,7 +42,8 @@ class Snapshot:
             indices = leaf.sharding.devices_indices_map(leaf.shape).values()
             boxes = [_bounds(index, leaf.shape)[stacked:] for index in indices]
             stored, weight = shapes[weights[0].name], weights[0]
-            chunk = chunk_shape(stored, leaf.dtype.itemsize, _grain(weight, leaf.shape[stacked:], boxes, stored))
+            sides = [weight.ranges(leaf.shape[stacked:], box) for box in boxes]
+            chunk = chunk_shape(stored, leaf.dtype.itemsize, _grain(sides, stored))
             for weight in weights:
                 self.specs[weight.name] = TensorSpec(shapes[weight.name], np.dtype(leaf.dtype))
                 self.chunks[weight.name] = chunk
@@ -92,19 +93,11 @@ def _on_host(shard: jax.Shard) -> np.ndarray:
     return host.copy() if shard.device.platform == "cpu" else host  # a CPU gives a view of what will be donated
 
 
-def _sides(weight: StoredWeight, shape: tuple[int, ...], index: Box) -> list[list[slice]]:
-    """By side of the stored tensor, the ranges that an index into one weight of the model covers."""
-    n = weight.num_inputs
-    if n == 0:
-        return [[s] for s in index]
-    return [matrix_slices(shape[n:], index[n:]), matrix_slices(shape[:n], index[:n])]
-
-
-def _grain(weight: StoredWeight, shape: tuple[int, ...], indices: list[Box], stored: tuple[int, ...]) -> list[int]:
+def _grain(held: list[list[list[slice]]], stored: tuple[int, ...]) -> list[int]:
     """By side of the stored tensor, the largest number that divides all bounds of what devices hold."""
     bounds = [set() for _ in stored]
-    for index in indices:
-        for found, ranges in zip(bounds, _sides(weight, shape, index), strict=True):
+    for sides in held:
+        for found, ranges in zip(bounds, sides, strict=True):
             found.update(bound for s in ranges for bound in (s.start, s.stop))
     return [math.gcd(*(b for b in found if b < size)) or size for found, size in zip(bounds, stored, strict=True)]
 
@@ -113,9 +106,8 @@ def _parts(
     weight: StoredWeight, shape: tuple[int, ...], index: Box, data: np.ndarray
 ) -> Iterator[tuple[Box, np.ndarray]]:
     """Boxes of the stored tensor, each with its view of the data, the part `index` of a weight of the model."""
-    if n := weight.num_inputs:
-        data = data.reshape(math.prod(data.shape[:n]), -1).T
-    for box in itertools.product(*map(_placed, _sides(weight, shape, index))):
+    data = weight.as_matrix(data)
+    for box in itertools.product(*map(_placed, weight.ranges(shape, index))):
         yield tuple(stored for stored, _ in box), data[tuple(here for _, here in box)]
 
 
