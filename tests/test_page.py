@@ -107,6 +107,48 @@ def test_text_of_the_model_is_never_markup(open_page):
         assert opened.page.locator("main img").count() == 0 and opened.page.title() == "llama_jax"
 
 
+def test_markdown_is_set_and_only_links_to_the_web_are_links(open_page):
+    said = "## Head\n- one `x`\n- **two**\n\n```py\na < b\n```\n[web](https://x.org) [no](javascript:alert(1))"
+    with open_page(lambda _: said) as opened:
+        opened.page.keyboard.type("go")
+        opened.page.keyboard.press("Enter")
+        opened.page.get_by_text("tokens,").wait_for()
+        answer = opened.page.locator("article.assistant .text")
+        assert [answer.locator(tag).all_inner_texts() for tag in ("h3", "li", "strong", "pre", "a")] == [
+            ["Head"],
+            ["one x", "two"],
+            ["two"],
+            ["a < b"],
+            ["web"],
+        ]
+
+
+def test_an_answer_can_be_asked_for_again(open_page):
+    prompts = []
+    with open_page(lambda prompt: prompts.append(prompt) or f"answer {len(prompts)}") as opened:
+        opened.page.keyboard.type("go")
+        opened.page.keyboard.press("Enter")
+        opened.page.get_by_text("answer 1").wait_for()
+        opened.page.get_by_role("button", name="Again").press("Enter")
+        opened.page.get_by_text("answer 2").wait_for()
+        assert prompts[0] == prompts[1] and opened.said("user") == ["go"] and len(opened.said("assistant")) == 1
+
+
+def test_a_text_is_continued_and_the_mode_stays(open_page):
+    prompts = []
+    with open_page(lambda prompt: prompts.append(prompt) or "(path):") as opened:
+        opened.page.keyboard.press("Alt+s")
+        opened.page.locator("#mode").select_option("completion")
+        opened.page.get_by_role("button", name="Done").press("Enter")
+        opened.page.keyboard.type("def read")
+        opened.page.keyboard.press("Enter")
+        opened.page.get_by_text("tokens,").wait_for()
+        assert prompts[0].endswith("def read") and "header_id" not in prompts[0]
+        assert opened.page.locator("article .text").inner_text() == "def read(path):"
+        opened.page.reload()
+        assert opened.page.locator("#mode").input_value() == "completion"
+
+
 def test_an_error_is_shown_and_the_message_can_be_sent_again(open_page):
     with open_page(lambda _: "yes", max_seq_len=32) as opened:
         opened.page.keyboard.type("word " * 40)
@@ -119,19 +161,25 @@ def test_an_error_is_shown_and_the_message_can_be_sent_again(open_page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_background_in_both_schemes(open_page, scheme):
-    with open_page(lambda _: "yes", color_scheme=scheme) as opened:
+@pytest.mark.parametrize("chosen", [False, True])
+def test_text_stands_out_from_its_background_in_both_schemes(open_page, scheme, chosen):
+    system = {"light": "dark", "dark": "light"}[scheme] if chosen else scheme
+    with open_page(lambda _: "yes", color_scheme=system) as opened:
+        if chosen:
+            opened.page.locator("#theme").select_option(scheme, force=True)
         colors = opened.page.evaluate(
             "() => { const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]; }"
         )
         assert contrast(*colors) >= 7.0  # WCAG 2.2, AAA
+        assert (luminance(colors[0]) < luminance(colors[1])) == (scheme == "light")
+
+
+def luminance(color):
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(first, second):
-    def luminance(color):
-        parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
     low, high = sorted([luminance(first), luminance(second)])
     return (high + 0.05) / (low + 0.05)
