@@ -5,9 +5,11 @@ prompts is planned beside it (Sarathi, arXiv 2403.02310), so that a long prompt 
 youngest sequence gives up its own and is computed again later. Pure Python, nothing here touches a device.
 
 The invariant: what is planned stands in pages that the sequence holds, and the oldest sequence always gets on.
-A sequence lives in one shard of the batch: rows and pages are numbered within it.
+A sequence lives in one shard of the batch: rows and pages are numbered within it, and it goes where most of its
+beginning is known unless that shard is clearly more loaded than another.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
@@ -17,6 +19,9 @@ from infer.pages import PagePool, extend_names
 
 # Chunks of a prompt are padded to a power of two, or four, times as many tokens.
 MIN_CHUNK = 16
+
+# A shard is clearly more loaded than another by this part of its rows.
+SLACK = 8
 
 
 def bucket(number: int, limit: int | None = None, multiple: int = 1, *, base: int = 2) -> int:
@@ -163,8 +168,7 @@ class Scheduler:
 
     def plan_prefill(self) -> list[Chunk]:
         """The chunks that are prefilled now: that of the oldest, and others no longer, begun or not as it is."""
-        while self.waiting and self._admit(self.waiting[0]):
-            self.running.append(self.waiting.popleft())
+        self._admit_waiting()
         filling = [s for s in self.running if not s.filled]
         if not filling:
             return []
@@ -183,32 +187,63 @@ class Scheduler:
                 chunks.append(Chunk(sequence, sequence.cached, sequence.cached + min(rest, length)))
         return chunks
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give it a row and pages for all its tokens, in the shard that knows most of them, then has most rows free.
+    def _admit_waiting(self) -> None:
+        """Give rows to those that wait, in order; who waits for a beginning that is just computed lets others pass."""
+        for sequence in list(itertools.islice(self.waiting, len(self.pools) * self._num_rows)):
+            # Of one that was preempted the last tokens may still have to come.
+            if sequence.in_flight or not any(self._free_rows):
+                return
+            names = self._shareable_names(sequence)
+            shards = self._by_cost(sequence, names)
+            if self._is_coming(names, shards[0]):
+                continue
+            if not any(self._admit(sequence, names, shard) for shard in shards):
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+
+    def _by_cost(self, sequence: Sequence, names: List[bytes]) -> list[int]:
+        """The shards that have a row free: where most of its beginning is known, then where it costs least.
+
+        Those that are clearly more loaded come last. Costs are counted in dispatches of prompts: those that the
+        shard and the sequence still need, and one a row, which is about what decoding it to its end takes.
+        """
+        costs = [float(self._num_rows - len(rows)) for rows in self._free_rows]
+        for other in self.running:
+            costs[other.shard] += max(0, other.to_fill - other.cached) / self._chunk
+        found = [pool.num_found(names) for pool in self.pools]
+        costs = [
+            cost + (len(sequence.tokens) - count * pool.size) / self._chunk
+            for cost, count, pool in zip(costs, found, self.pools, strict=True)
+        ]
+        shards = [shard for shard, rows in enumerate(self._free_rows) if rows]
+        enough = min(costs[shard] for shard in shards) + max(1, self._num_rows // SLACK)
+        return sorted(shards, key=lambda shard: (costs[shard] > enough, -found[shard], costs[shard]))
+
+    def _admit(self, sequence: Sequence, names: List[bytes], shard: int) -> bool:
+        """Give it a row and pages for all its tokens in a shard.
 
         Beside them a page must be left for every sequence that runs there, or it might soon be turned out again.
         """
-        if sequence.in_flight:  # it was preempted, and its last tokens are still to come
-            return False
-        names = self._shareable_names(sequence)
-        shards = [shard for shard, rows in enumerate(self._free_rows) if rows]
-        shards.sort(key=lambda shard: (-self.pools[shard].num_found(names), -len(self._free_rows[shard])))
-        for sequence.shard in shards:
-            pool, running = self.pools[sequence.shard], [s for s in self.running if s.shard == sequence.shard]
-            found = pool.num_found(names)
-            if any(not s.filled and s.names[found : found + 1] == names[found : found + 1] != [] for s in running):
-                return False  # what it begins with is just being computed
-            pages = pool.share(names)
-            missing = self._num_pages(sequence) - found
-            if pool.available >= missing + len(running):
-                sequence.pages = pages + pool.take(missing)
-                sequence.row = self._free_rows[sequence.shard].pop()
-                sequence.to_fill = len(sequence.tokens)
-                sequence.cached = found * pool.size
-                sequence.found = sequence.cached if sequence.found < 0 else sequence.found
-                return True
+        pool, running = self.pools[shard], self._num_rows - len(self._free_rows[shard])
+        sequence.shard, pages = shard, pool.share(names)
+        missing = self._num_pages(sequence) - len(pages)
+        if pool.available < missing + running:
             pool.give_back(pages)
-        return False
+            return False
+        sequence.cached = len(pages) * pool.size
+        sequence.found = sequence.cached if sequence.found < 0 else sequence.found
+        sequence.pages = pages + pool.take(missing)
+        sequence.row = self._free_rows[shard].pop()
+        sequence.to_fill = len(sequence.tokens)
+        return True
+
+    def _is_coming(self, names: List[bytes], shard: int) -> bool:
+        """Whether the next page of a beginning is just computed there."""
+        found = self.pools[shard].num_found(names)
+        following = names[found : found + 1]
+        filling = (s for s in self.running if s.shard == shard and not s.filled)
+        return following != [] and any(s.names[found : found + 1] == following for s in filling)
 
     def _shareable_names(self, sequence: Sequence) -> list[bytes]:
         """Names of the full pages that it may find; its last token is always computed, for what comes after it."""

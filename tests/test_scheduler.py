@@ -1,8 +1,11 @@
 """The scheduler over a device that is made of lists: what a step reads in its pages is what the sequence is made of."""
 
 import random
+from collections import Counter
 
+import hypothesis
 import pytest
+from hypothesis import strategies
 
 from infer.pages import PagePool
 from infer.scheduler import Chunk, Scheduler, Sequence, bucket
@@ -198,6 +201,88 @@ def test_a_sequence_goes_where_its_beginning_is_known_and_else_where_most_rows_a
         device.round()
         shards.append(device.scheduler.running[-1].shard)
     assert shards == [0, 1, 0]
+
+
+def arrive(device, *sequences):
+    """One a round, beside those that run; the shard of each."""
+    for sequence in sequences:
+        device.scheduler.add(sequence)
+        device.round()
+        device.round()  # and its pages are known to others
+    return [sequence.shard for sequence in sequences]
+
+
+def test_requests_of_several_beginnings_each_go_where_theirs_is_known():
+    device = Device(num_shards=2, num_pages=90, num_rows=8)
+    stems = [[stem] * 32 for stem in range(4)]
+    sequences = [Sequence([*stems[i % 4], i], 60) for i in range(16)]
+    shards = arrive(device, *sequences)
+    assert [shards[i] for i in range(4, 16)] == shards[:4] * 3
+    assert [sequence.found for sequence in sequences] == [0] * 4 + [32] * 12
+
+
+def test_a_beginning_that_all_share_comes_to_every_shard_before_one_is_clearly_more_loaded():
+    device = Device(num_shards=4, num_pages=400, num_rows=8)
+    sequences = [Sequence([7] * 32 + [i], 200) for i in range(20)]
+    shards = arrive(device, *sequences)
+    assert shards[:3] == [0, 0, 0] and set(shards) == {0, 1, 2, 3}
+    assert max(map(shards.count, range(4))) - min(map(shards.count, range(4))) <= 3
+    assert [sequence.found for sequence in sequences].count(0) == 4  # once a shard
+
+
+def test_who_waits_for_a_beginning_that_is_just_computed_lets_others_pass():
+    device = Device(num_pages=80)
+    long, same, other = Sequence([5] * 90, 95), Sequence([5] * 91, 95), Sequence([3], 9)
+    for sequence in (long, same, other):
+        device.scheduler.add(sequence)
+    device.round()
+    assert device.scheduler.running == [long, other] and list(device.scheduler.waiting) == [same]
+    while device.busy:
+        device.round()
+    assert same.found == 88
+
+
+arrivals = strategies.lists(
+    strategies.tuples(
+        strategies.integers(0, 3),  # rounds before it comes
+        strategies.integers(0, 2),  # which of three beginnings
+        strategies.integers(0, 40),  # how much of it
+        strategies.integers(1, 20),  # new tokens
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.given(arrivals=arrivals, num_shards=strategies.integers(2, 4))
+def test_no_shard_starves_whatever_comes(arrivals, num_shards):
+    """While one has a row free, nobody waits but for a beginning just computed, nor goes where much more is to do."""
+    device = Device(num_shards, num_pages=100, num_rows=4)
+    scheduler, slack, chunk = device.scheduler, 1, 16
+    for pause, stem, length, room in arrivals:
+        for _ in range(pause):
+            device.round()
+        prompt = [stem] * length + [9, room]
+        scheduler.add(Sequence(prompt, len(prompt) + room))
+        before = list(scheduler.running)
+        rows = Counter(s.shard for s in before)
+        to_do = Counter()
+        for s in before:
+            to_do[s.shard] += max(0, s.to_fill - s.cached)
+        scheduler.plan_prefill()
+        for s in scheduler.running[len(before) :]:
+            for other in range(num_shards):
+                if rows[other] < 4:
+                    assert rows[s.shard] <= rows[other] + slack + (s.cached + to_do[other]) / chunk
+            rows[s.shard] += 1
+            to_do[s.shard] += s.to_fill - s.cached
+        if min(rows[shard] for shard in range(num_shards)) < 4:
+            filling = [s.tokens for s in scheduler.running if not s.filled]
+            assert all(any(w.tokens[:SIZE] == tokens[:SIZE] for tokens in filling) for w in scheduler.waiting)
+    while device.busy:
+        device.round()
+    assert all(pool.available == 100 for pool in scheduler.pools)
 
 
 def test_requests_are_admitted_in_the_order_in_which_they_came():
