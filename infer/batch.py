@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infer.entry import add_model_options
+from infer.entry import add_model_options, follow
 from infer.results import ResultFile, json_lines
 from infer.serve import add_engine_options, import_api, make_server
 from infer.synthesis import Synthesis, add_synthesis_options
@@ -23,6 +23,7 @@ from llama_jax.progress import Bar, progress
 
 if TYPE_CHECKING:
     from infer.api.server import Server
+    from infer.hosts import Hosts
 
 _PATHS = ("/v1/completions", "/v1/chat/completions")
 
@@ -50,6 +51,16 @@ def run(args: argparse.Namespace) -> None:
     if is_remote(args.output):
         raise ValueError(f"{args.output}: results are appended as they come, which an object store cannot; name a file")
     import_api()
+    from infer.hosts import Hosts
+
+    use_compilation_cache()
+    open_devices()
+    with Hosts() as hosts:
+        answer_all(args, hosts) if hosts.leads else follow(args, hosts)
+
+
+def answer_all(args: argparse.Namespace, hosts: "Hosts") -> None:
+    """Do what is not done yet, in the first process."""
     from infer.api.limits import Limits
 
     output = ResultFile(Path(args.output))
@@ -60,9 +71,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{len(left)} of {len(jobs)} to do")
     if not left:
         return
-    use_compilation_cache()
-    open_devices()
-    server = make_server(args, Limits(max_choices=1024, timeout_seconds=0))
+    server = make_server(args, Limits(max_choices=1024, timeout_seconds=0), hosts)
     failed = asyncio.run(_run_all(server, left, output, synthesis))
     if failed:
         say(f"{failed} of them are answered by an error: see status_code in {args.output}")

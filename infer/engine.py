@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from infer.hosts import Hosts
 from infer.request import Request, Result
 from infer.rounds import Rounds
 from infer.sampling import SamplingParams, best_first, token_mask
@@ -37,18 +38,24 @@ class Engine:
         steps_per_dispatch: int = 8,
         prefill_chunk: int = 512,
         cache: CacheOptions | None = None,
+        hosts: Hosts | None = None,
     ):
         """Serve a model; layout "layers" decodes fastest.
 
         max_seq_len bounds prompt plus new tokens, by default and at most the model's, and by what the cache
-        holds. prefill_chunk: tokens of prompts in a dispatch of a shard. Raises ValueError for a number out of
-        range and if the tokenizer has more tokens than the model.
+        holds. prefill_chunk: tokens of prompts in a dispatch of a shard. hosts: in the first of several processes,
+        which alone has an engine. Raises ValueError for a number out of range and if the tokenizer has more tokens
+        than the model.
         """
         cfg, limit = model.cfg, model.cfg.max_seq_len
         if max_seq_len is not None and not 1 <= max_seq_len <= limit:
             raise ValueError(f"max_seq_len={max_seq_len} must be between 1 and the model's {limit}")
         if max_batch_size < 1 or steps_per_dispatch < 1 or prefill_chunk < 1:
             raise ValueError(f"{max_batch_size=}, {steps_per_dispatch=} and {prefill_chunk=} must be at least 1")
+        if jax.process_count() > 1 and (hosts is None or not hosts.leads):
+            raise ValueError(
+                "of several processes the first has the engine and its hosts; call infer.entry.follow here"
+            )
         if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model {cfg.vocab_size}; "
@@ -62,6 +69,7 @@ class Engine:
             steps=steps_per_dispatch,
             prefill_chunk=prefill_chunk,
             cache=cache or CacheOptions(),
+            hosts=hosts,
         )
         self._unread: list[tuple[Request, str]] = []
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from infer.engine import Throughput
+    from infer.hosts import Hosts
     from infer.sampling import SamplingParams
     from llama_jax.checkpoint import Checkpoint
     from llama_jax.config import LlamaConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 DEMO = Path(__file__).parents[1] / "llama_jax" / "demo"
 
 DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DTYPES = (*DTYPES, "int8", "fp8")
 
 _SHORTEST = 256  # tokens of the shortest conversation, and of the steps in which longer ones are tried
 
@@ -118,20 +120,38 @@ def check_weights(args: argparse.Namespace, cfg: "LlamaConfig") -> None:
         _check_memory(cfg, mesh, dtype, num_tokens=1)
 
 
-def load_model(args: argparse.Namespace, checkpoint: "Checkpoint") -> "Llama":
-    """The model, split over the mesh that the options ask for; stderr says first what runs where.
+def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", hosts: "Hosts", num_tokens: int = 1) -> "Llama":
+    """The model, split over the mesh that the options ask for, in all processes; stderr says first what runs where.
 
     Raises ValueError, before a weight is read, for devices that do not hold the model and a cache of
-    --max-new-tokens; what prompts add is checked by the engine.
+    num_tokens; what prompts add is checked by the engine.
     """
     from llama_jax.checkpoint import load_opened, weights_dtype
 
+    hosts.tell("load")
     with _mesh_asked_for(args, checkpoint.cfg) as mesh:
         dtype = weights_dtype(checkpoint, args.dtype)
         say(describe_run(checkpoint.cfg, mesh, dtype, args.checkpoint or "the demo"))
         limit = args.max_seq_len or checkpoint.cfg.max_seq_len
-        _check_memory(checkpoint.cfg, mesh, dtype, min(limit, args.max_new_tokens))
+        _check_memory(checkpoint.cfg, mesh, dtype, min(limit, num_tokens))
         return load_opened(checkpoint, dtype=dtype, layout="layers")
+
+
+def follow(args: argparse.Namespace, hosts: "Hosts") -> None:
+    """In a process that is not the first: load the model and run what the first does, until it parts."""
+    from infer.programs import Programs
+
+    model = programs = None
+    for name, values, options in hosts.calls():
+        if name == "load":
+            model = load_model(args, open_model(args), hosts)
+        elif name == "programs":
+            assert model is not None
+            programs = Programs(model, *values, **options)
+        else:
+            answer = getattr(programs, name)(*values, **options)
+            if name == "room":
+                hosts.answer(answer)
 
 
 def _mesh_asked_for(args: argparse.Namespace, cfg: "LlamaConfig") -> "AbstractContextManager[Mesh]":

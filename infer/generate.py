@@ -21,6 +21,7 @@ from infer.entry import (
     check_weights,
     conversation_length,
     describe_sampling,
+    follow,
     load_model,
     open_model,
     sampling_params,
@@ -31,6 +32,7 @@ from llama_jax.paths import as_path
 
 if TYPE_CHECKING:
     from infer.engine import Engine
+    from infer.hosts import Hosts
     from infer.request import Request, Result
 
 # Continued where no prompt is given; the demo model has read Python's standard library.
@@ -88,15 +90,26 @@ def run(args: argparse.Namespace) -> None:
         from infer.plan import print_plan
 
         return print_plan(args)
+    check_prompt_options(args)
     startup = Startup()
+    import infer.engine  # noqa: F401
+    from infer.hosts import Hosts
+
+    startup.lap("import")
+    use_compilation_cache()
+    open_devices()
+    startup.lap("devices")
+    with Hosts() as hosts:
+        continue_prompts(args, hosts, startup) if hosts.leads else follow(args, hosts)
+
+
+def continue_prompts(args: argparse.Namespace, hosts: "Hosts", startup: Startup) -> None:
+    """Print what follows the prompts, or talk; in the first process."""
     from infer.engine import Engine
     from llama_jax.chat import encode_chat
     from llama_jax.tokenizer import load_tokenizer
 
-    startup.lap("import")
     prompts = read_prompts(args)
-    _start_devices(args)
-    startup.lap("devices")
     checkpoint = open_model(args, lambda cfg: check_weights(args, cfg))
     tokenizer = None if args.prompt_tokens else load_tokenizer(checkpoint.companions)
     params = sampling_params(args, checkpoint)
@@ -107,13 +120,13 @@ def run(args: argparse.Namespace) -> None:
         if notice:
             say(notice)
     startup.lap("open")
-    model = load_model(args, checkpoint)
+    model = load_model(args, checkpoint, hosts, args.max_new_tokens)
     del checkpoint  # with what it keeps in memory of remote files
     startup.lap("load")
     streamed = len(prompts) <= 1 and not args.json
     steps = 1 if streamed and model.cfg.num_params() > _LARGE else 8
     max_seq_len = conversation_length(args, model) if args.conversation else args.max_seq_len
-    engine = Engine(model, tokenizer, max_seq_len=max_seq_len, steps_per_dispatch=steps)
+    engine = Engine(model, tokenizer, max_seq_len=max_seq_len, steps_per_dispatch=steps, hosts=hosts)
     requests = engine.requests([dialog(args.system, text) for text in prompts] if args.chat else prompts, params)
     say(describe_sampling(params))
     if args.conversation:
@@ -130,25 +143,20 @@ def run(args: argparse.Namespace) -> None:
     say(startup.line(engine.throughput))
 
 
-def _start_devices(args: argparse.Namespace) -> None:
-    import jax
-
-    use_compilation_cache()
-    open_devices()
-    if jax.process_count() > 1 and (args.conversation or args.piped):  # one terminal, and perhaps one pipe
-        raise ValueError("in several processes give the prompt as an argument; a conversation works in one process")
+def check_prompt_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that exclude each other."""
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is the system message of --chat; give both")
+    if args.prompt_tokens is not None and (args.prompts or args.prompt_file or args.chat):
+        raise ValueError("--prompt-tokens takes the place of text: give no prompt, --prompt-file or --chat with it")
 
 
 def read_prompts(args: argparse.Namespace) -> list:
     """The prompts, texts or one list of token ids; none for a conversation.
 
-    Raises ValueError for an empty prompt, one that is not UTF-8, and options that exclude each other.
+    Raises ValueError for an empty prompt and for one that is not UTF-8.
     """
-    if args.system is not None and not args.chat:
-        raise ValueError("--system is the system message of --chat; give both")
     if args.prompt_tokens is not None:
-        if args.prompts or args.prompt_file or args.chat:
-            raise ValueError("--prompt-tokens takes the place of text: give no prompt, --prompt-file or --chat with it")
         return [_token_ids(args.prompt_tokens)]
     prompts = list(args.prompts)
     if args.prompt_file is not None:

@@ -1,16 +1,17 @@
 """The compiled programs of a model, and the arrays that stay on its devices from dispatch to dispatch.
 
 Weights are passed as a flat tuple, because flattening a module costs milliseconds a call; pages, rows and their
-history are donated to each dispatch and taken back from it, so that nothing has to be read in between. The
-invariant: each bucket of shapes compiles once, and what has compiled is known to fit.
+history are donated to each dispatch and taken back from it, so that nothing has to be read in between. Of several
+processes the first calls, and what is `led` the others call, too (infer/hosts.py). The invariant: each bucket of shapes
+compiles once, and what has compiled is known to fit.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,22 +19,46 @@ from jax import Array
 
 from infer import steps
 from infer.sampling import Choice, History, SamplingParams, empty_history, row_settings
+from infer.sizes import bytes_for_pages
 from infer.steps import NUM_STOPS, Batch, Held, Prompts, RowState, Told, split_rows
 from llama_jax.cache import init_pages
 from llama_jax.memory import check_program
 from llama_jax.model import Llama
+
+if TYPE_CHECKING:
+    from infer.hosts import Hosts
 
 _WAYS = "fewer prompts at a time, a shorter prefill_chunk or more devices"
 
 # A jitted function, its arguments, and those that are static.
 Call = tuple[Any, tuple, dict[str, Any]]
 
+Method = TypeVar("Method", bound=Callable)
+
+
+def led(method: Method) -> Method:
+    """A method of Programs that all processes call when the first does, with host arrays and plain values.
+
+    No such method calls another.
+    """
+
+    @wraps(method)
+    def call(self: "Programs", *args: Any, **kwargs: Any) -> Any:
+        if self.hosts is not None:
+            self.hosts.tell(method.__name__, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
 
 class Programs:
     """Prefill and decode of one model. Batches with allowed tokens run with all that only some rows need."""
 
-    def __init__(self, model: Llama, *, num_rows: int, num_steps: int):
-        """num_rows: of all shards; num_steps: the most that one dispatch decodes."""
+    def __init__(self, model: Llama, *, num_rows: int, num_steps: int, hosts: "Hosts | None" = None):
+        """num_rows: of all shards; num_steps: the most that one dispatch decodes; hosts: in the process that leads."""
+        self.hosts = hosts
+        if hosts is not None:
+            hosts.tell("programs", num_rows=num_rows, num_steps=num_steps)
         self.cfg, self.rules, self.num_rows = model.cfg, model.rules, num_rows
         leaves, tree = jax.tree.flatten(model)
         self.weights = tuple(leaves)
@@ -47,6 +72,15 @@ class Programs:
         self._remember = jax.jit(partial(steps.remember, model.rules), donate_argnames="history")
         self._embed = jax.jit(partial(steps.embed, tree))
 
+    @led
+    def room(self, dtype: Any, *, prefill_chunk: int, held: int) -> int | None:
+        """`infer.sizes.bytes_for_pages`, of the process that has least."""
+        sizes = {"num_rows": self.num_rows, "prefill_chunk": prefill_chunk, "held": held}
+        rooms = [bytes_for_pages(self.cfg, self.mesh, dtype, **sizes)]
+        rooms += [] if self.hosts is None else self.hosts.answers()
+        return min((room for room in rooms if room is not None), default=None)
+
+    @led
     def open(self, num_pages: int, page_size: int, dtype: Any) -> None:
         """Allocate empty pools of num_pages pages, those of all shards, and rows that are off."""
         self._held = None  # before the new ones, so that the memory is there
@@ -60,6 +94,7 @@ class Programs:
         state = split_rows(self.rules, RowState(off, off, off, settings))
         return Held(init_pages(self.cfg, self.rules, num_pages, page_size, dtype=dtype), state, None)
 
+    @led
     def prefill(self, prompts: Prompts, batch: Batch, *, fresh: bool) -> tuple[Choice, Told | None]:
         """Store chunks of prompts; where they are the last, tokens [B, 1] that follow, and what targets ask for.
 
@@ -69,6 +104,7 @@ class Programs:
         choice, told = self._advance(self._prefill_call(prompts, batch, fresh))
         return choice, told
 
+    @led
     def decode(self, batch: Batch, num_steps: int) -> Choice:
         """Decode up to so many steps of every row; tokens [B, steps of the program], -1 after a row's last.
 
@@ -77,10 +113,12 @@ class Programs:
         (choice,) = self._advance(self._decode_call(batch, num_steps))
         return choice
 
+    @led
     def remember(self, row: np.ndarray, prompt: np.ndarray, generated: np.ndarray) -> None:
         """Set the history of one row anew; row int32 [shards] names it in its shard and is beyond all in the others."""
         self._history = self._run((self._remember, (self._full_history(), row, prompt, generated), {}))
 
+    @led
     def embed(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[Array, Array]:
         """Mean and last of the final hidden states float32 [B, D] of texts int32 [B, T]."""
         return self._run((self._embed, (self.weights, tokens, lengths), {}))
@@ -130,9 +168,14 @@ class Programs:
             return function.lower(*args, **static)
 
     def warm(
-        self, decode: Iterable[Batch], prefill: Iterable[tuple[Prompts, Batch, bool]], bar: Callable[[int], Any]
+        self,
+        decode: Sequence[Batch],
+        prefill: Sequence[tuple[Prompts, Batch, bool]],
+        bar: Callable[[int], Any] = lambda _: None,
     ) -> None:
-        """Compile for all these batches, several at a time; bar hears of each that is done."""
+        """Compile for all these batches in every process, several at a time; bar hears here of each that is done."""
+        if self.hosts is not None:
+            self.hosts.tell("warm", decode, prefill)
         calls = [self._decode_call(batch, 1) for batch in decode]
         calls += [self._prefill_call(*chunks) for chunks in prefill]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from infer.batches import Batches, filled_up
+from infer.hosts import Hosts
 from infer.pages import PagePool
 from infer.programs import Programs
 from infer.request import Request
@@ -26,7 +27,6 @@ from infer.sizes import (
     TABLE_BASE,
     TABLE_BASE_ELSEWHERE,
     CacheOptions,
-    bytes_for_pages,
     page_bytes,
     page_size,
     platform,
@@ -65,6 +65,7 @@ class Rounds:
         steps: int,
         prefill_chunk: int,
         cache: CacheOptions,
+        hosts: Hosts | None,
     ):
         """As the engine's; max_seq_len may turn out smaller."""
         cfg, rules = model.cfg, model.rules
@@ -85,7 +86,9 @@ class Rounds:
             row_base=ROW_BASE.get(on, ROW_BASE_ELSEWHERE),
             table_base=TABLE_BASE.get(on, TABLE_BASE_ELSEWHERE),
         )
-        self.programs = Programs(model, num_rows=self._num_shards * self._batches.num_rows, num_steps=steps)
+        self.programs = Programs(
+            model, num_rows=self._num_shards * self._batches.num_rows, num_steps=steps, hosts=hosts
+        )
         self._dtype, self._cache, self._steps = cache.dtype or weights.dtype, cache, steps
         self._pages, self._is_open = 0, False  # pages of a shard
         self._scheduler = self._new_scheduler(0)
@@ -152,9 +155,7 @@ class Rounds:
         size = page_bytes(cfg, mesh, rules, batches.page_size, self._dtype)
         room, most = self._cache.num_bytes, batches.num_rows * batches.pages_a_row
         if room is None:
-            rows, chunk = self.programs.num_rows, batches.prefill_chunk
-            held = self._pages * size
-            room = bytes_for_pages(cfg, mesh, self._dtype, num_rows=rows, prefill_chunk=chunk, held=held)
+            room = self.programs.room(self._dtype, prefill_chunk=batches.prefill_chunk, held=self._pages * size)
             room = most * size if room is None else room
         fit = max(self._pages, min(most, room // size))
         if fit < 1:
@@ -324,8 +325,7 @@ class Rounds:
         """
         self.open()
         decode, prefill = list(self._batches.every_decode()), list(self._batches.every_prefill())
-        shown = jax.process_index() == 0
-        with progress(len(decode) + len(prefill), desc="compiling", unit=" programs", shown=shown) as bar:
+        with progress(len(decode) + len(prefill), desc="compiling", unit=" programs") as bar:
             self.programs.warm(decode, prefill, bar.update)
         nowhere = np.full(self._num_shards, self._batches.num_rows, np.int32)
         nothing = filled_up([], self._batches.pages_a_row * self._batches.page_size)

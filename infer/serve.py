@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infer.entry import add_model_options, load_model, open_model, sampling_params
+from infer.entry import CACHE_DTYPES, add_model_options, follow, load_model, open_model, sampling_params
 from llama_jax.devices import open_devices, use_compilation_cache
 from llama_jax.entry import run_entry, say
 from llama_jax.paths import as_path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from infer.api.limits import Limits
     from infer.api.server import Server
+    from infer.hosts import Hosts
 
 API_KEY_VARIABLE = "LLAMA_JAX_API_KEYS"
 
@@ -58,6 +59,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
     group.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt that are taken at a time")
     group.add_argument("--cache-gib", type=float, metavar="G", help="of the KV cache; default: what fits")
+    group.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of the KV cache; default: the weights'")
     group.add_argument("--no-prefix-cache", action="store_true", help="do not keep pages for prompts that begin alike")
 
 
@@ -85,16 +87,21 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.port < 65536:
         raise ValueError(f"--port {args.port}: expected 0 to 65535")
     import_api()
+    from infer.hosts import Hosts
+
     limits = read_limits(args)
-    allow_connections()
-    if args.host not in ("127.0.0.1", "::1", "localhost") and not limits.api_keys:
-        say(f"warning: whoever reaches {args.host} may ask, for there are no API keys (--api-key-file)")
-    with bound(args.host, args.port) as port:  # before the weights are read, which takes minutes
-        use_compilation_cache()
-        open_devices()
-        server = make_server(args, limits, names=args.served_model_name or (), max_waiting=args.max_waiting)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-        listen(http_config(args, server), server, port)
+    use_compilation_cache()
+    open_devices()
+    with Hosts() as hosts:
+        if not hosts.leads:
+            return follow(args, hosts)
+        allow_connections()
+        if args.host not in ("127.0.0.1", "::1", "localhost") and not limits.api_keys:
+            say(f"warning: whoever reaches {args.host} may ask, for there are no API keys (--api-key-file)")
+        with bound(args.host, args.port) as port:  # before the weights are read, which takes minutes
+            server = make_server(args, limits, hosts, names=args.served_model_name or (), max_waiting=args.max_waiting)
+            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+            listen(http_config(args, server), server, port)
 
 
 def http_config(args: argparse.Namespace, server: "Server") -> "uvicorn.Config":
@@ -181,7 +188,7 @@ def read_limits(args: argparse.Namespace) -> "Limits":
 
 
 def make_server(
-    args: argparse.Namespace, limits: "Limits", *, names: Sequence[str] = (), max_waiting: int = 1 << 30
+    args: argparse.Namespace, limits: "Limits", hosts: "Hosts", *, names: Sequence[str] = (), max_waiting: int = 1 << 30
 ) -> "Server":
     """The model of the options, loaded, in an engine that a worker will run. names are what clients call it."""
     from infer.api.server import Server
@@ -190,7 +197,6 @@ def make_server(
     from infer.sizes import CacheOptions
     from llama_jax.tokenizer import load_tokenizer
 
-    args.max_new_tokens = 1  # what must fit beside the weights; the pool of pages takes the rest
     checkpoint = open_model(args)
     tokenizer = load_tokenizer(checkpoint.companions)
     nothing_given = argparse.Namespace(
@@ -199,16 +205,18 @@ def make_server(
     defaults = sampling_params(nothing_given, checkpoint)
     if defaults.temperature == 0:  # OpenAI's default, where the checkpoint advises nothing
         defaults = dataclasses.replace(defaults, temperature=1.0)
-    model = load_model(args, checkpoint)
+    model = load_model(args, checkpoint, hosts)
     engine = Engine(
         model,
         tokenizer,
         max_seq_len=args.max_seq_len,
         max_batch_size=args.max_batch_size,
         cache=CacheOptions(
+            dtype="float8_e4m3fn" if args.cache_dtype == "fp8" else args.cache_dtype,
             num_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
             share_prefixes=not args.no_prefix_cache,
         ),
+        hosts=hosts,
         **({} if args.prefill_chunk is None else {"prefill_chunk": args.prefill_chunk}),
     )
     names = list(names) or [_name(args.checkpoint)]

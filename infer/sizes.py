@@ -1,14 +1,12 @@
 """How large the pool of the cache's pages is, and into which buckets the engine's programs are rounded.
 
-The invariant: a pool takes a stated share of what the devices have left, the same number of pages in every process.
+The invariant: a pool takes a stated share of what the devices have left.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
@@ -80,7 +78,7 @@ def page_bytes(cfg: LlamaConfig, mesh: Mesh, rules: ShardingRules, size: int, dt
 def bytes_for_pages(
     cfg: LlamaConfig, mesh: Mesh, dtype: DTypeLike, *, num_rows: int, prefill_chunk: int, held: int
 ) -> int | None:
-    """Bytes a device that a pool may take, of those that are left and those held by the pool that there is.
+    """Bytes that a pool may take on each device of this process, of those left and those held by the pool there is.
 
     What programs need for a while is left to them. None if nobody knows how many there are.
     """
@@ -90,10 +88,7 @@ def bytes_for_pages(
     with jax.set_mesh(mesh):
         needs = generation_bytes(cfg, dtype, num_rows=num_rows, prompt_tokens=1, num_tokens=1)["temporaries"]
         needs += generation_bytes(cfg, dtype, num_rows=1, prompt_tokens=prefill_chunk, num_tokens=1)["temporaries"]
-    room = max(0, int(_SHARE.get(platform(mesh), _SHARE_ELSEWHERE) * (left + held)) - needs)
-    if jax.process_count() > 1:
-        room = int(np.min(multihost_utils.process_allgather(np.int64(room >> 20)))) << 20
-    return room
+    return max(0, int(_SHARE.get(platform(mesh), _SHARE_ELSEWHERE) * (left + held)) - needs)
 
 
 def table_width(pages: int, pages_a_row: int, size: int, base: int) -> int:

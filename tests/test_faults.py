@@ -13,9 +13,9 @@ from typing import cast
 
 import pytest
 
+from llama_jax.peers import EXIT_PEER_LOST, Peers, slow_processes
 from tests.processes import ROOT, free_address
 from train.faults.interruption import EXIT_PREEMPTED, Interruption
-from train.faults.peers import EXIT_PEER_LOST, Peers, slow_processes
 from train.faults.watchdog import EXIT_HUNG, Watchdog
 
 # Steps of one collective each, sent ahead of the devices as a run does.
@@ -30,7 +30,7 @@ def main():
     import jax, jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec as P
     from train.faults.interruption import Interruption
-    from train.faults.peers import Peers
+    from llama_jax.peers import Peers
     from train.faults.watchdog import Watchdog
     sharding = NamedSharding(jax.make_mesh((len(devices),), ("data",)), P("data"))
     step = jax.jit(lambda x: x / x.sum() + 1, out_shardings=sharding)

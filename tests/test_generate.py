@@ -327,16 +327,6 @@ def test_a_pipe_that_is_no_prompt_is_one_line_and_a_failure(run, checkpoint, mon
         assert_one_line(run("--checkpoint", checkpoint), message)
 
 
-def test_of_several_processes_each_is_given_the_prompt_as_an_argument(run, checkpoint, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pipe(b"def f") as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        assert_one_line(run("--checkpoint", checkpoint), "in several processes give the prompt as an argument")
-    with open(os.devnull) as null:
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, fileno=null.fileno))
-        assert_one_line(run("--chat", "--checkpoint", checkpoint), "a conversation works in one process")
-
-
 def test_a_model_of_the_hub_that_does_not_fit_is_refused_before_it_is_fetched(run, monkeypatch):
     def download(name, check):
         check(PRESETS["llama3.1-8b"])

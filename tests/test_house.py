@@ -13,7 +13,7 @@ PACKAGES = ("llama_jax", "train", "infer")
 
 # A file imports from lower floors, or from its own without a circle.
 FLOORS = (
-    ("config", "mesh", "paths", "tokenizer", "template", "chat", "progress", "slices", "program", "devices", "entry"),
+    tuple("config mesh paths tokenizer template chat progress slices program devices peers entry".split()),
     ("rope", "quantize", "schemes", "kernels"),
     ("attention", "cache"),
     ("model",),

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import llama_jax.peers
 import train.faults.interruption
-import train.faults.peers
 import train.faults.watchdog
 from infer.generate import main as generate
 from llama_jax.mesh import parse_mesh, sharding_rules
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "docs/launch"
 ENTRIES = {"train.pretrain": pretrain, "train.prepare": prepare, "infer.generate": generate}
 PREEMPTED = train.faults.interruption.EXIT_PREEMPTED
-RESTARTED = {PREEMPTED, train.faults.watchdog.EXIT_HUNG, train.faults.peers.EXIT_PEER_LOST}
+RESTARTED = {PREEMPTED, train.faults.watchdog.EXIT_HUNG, llama_jax.peers.EXIT_PEER_LOST}
 KINDS = {"tpu-v5p-slice": "v5p"}  # what GKE calls them, and what we do
 
 

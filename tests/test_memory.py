@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 import llama_jax
 from infer import entry
+from infer.hosts import Hosts
 from llama_jax import memory
 from llama_jax.cache import init_cache
 from llama_jax.config import PRESETS
@@ -230,7 +231,7 @@ def test_a_model_that_does_not_fit_is_refused_before_a_weight_is_read(limit, mon
     monkeypatch.setattr(checkpoint.source, "read", lambda *_: pytest.fail("a weight was read"))
     limit(1_000_000)
     with pytest.raises(ValueError, match=r"4.3M parameters needs .* 2 x cpu \(weights .*--dtype bfloat16 or a shorter"):
-        entry.load_model(args, checkpoint)
+        entry.load_model(args, checkpoint, Hosts())
     assert capsys.readouterr().err.startswith("2 x cpu, tensor=2, float32, 4.3M parameters from the demo")
 
 

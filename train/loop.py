@@ -21,6 +21,7 @@ from llama_jax.config import LlamaConfig, RopeConfig
 from llama_jax.entry import say
 from llama_jax.memory import check_program
 from llama_jax.mesh import ShardingRules
+from llama_jax.peers import Peers, slow_processes
 from llama_jax.tokenizer import load_tokenizer
 from train.checkpoints import Checkpoints, Progress, read_progress, resumed_state, saved_steps, write_progress
 from train.config import PhaseConfig, TrainConfig
@@ -30,7 +31,6 @@ from train.device import put_batch
 from train.evaluation import losses_by_source
 from train.extension import Extension
 from train.faults.interruption import Interruption
-from train.faults.peers import Peers, slow_processes
 from train.faults.watchdog import Watchdog
 from train.optimizer import (
     Optimizer,

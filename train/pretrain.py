@@ -43,7 +43,7 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
     # These import jax, which --help need not wait for.
     from llama_jax.checkpoint.formats import open_checkpoint
     from llama_jax.checkpoint.together import together
-    from train.faults.peers import Peers
+    from llama_jax.peers import Peers
     from train.loop import Stage
     from train.optimizer import make_optimizer
 

@@ -2,7 +2,7 @@
 
 The one invariant: all processes call `Interruption.agreed` once after every step, and it becomes true in the
 same call of each. The protocol is that of preemption notices in the coordination service of jax: a signal is
-told to all by the threads of train.faults.peers, each thread holds its process's next call of `agreed`, gives how
+told to all by the threads of llama_jax.peers, each thread holds its process's next call of `agreed`, gives how
 many there were, and the largest of these numbers plus one is where all stop. It is our own because jax's
 takes SIGTERM alone, in a handler that Python's replaces, and counts steps, which go back after a rollback. A
 flag summed over the devices would make every step wait for one before it.
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import NoReturn
 
-from train.faults.peers import Peers
+from llama_jax.peers import Peers
 
 # Exit status after SIGTERM, with the step saved: a restart goes on. 75 is EX_TEMPFAIL of sysexits.h.
 EXIT_PREEMPTED = 75

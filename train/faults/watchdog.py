@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_jax.paths import is_remote
-from train.faults.peers import Peers
+from llama_jax.peers import Peers
 
 # Exit status of a run that no longer steps; a restart goes on from the newest checkpoint.
 EXIT_HUNG = 76

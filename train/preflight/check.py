@@ -29,13 +29,13 @@ from llama_jax.devices import open_devices, use_compilation_cache
 from llama_jax.entry import say
 from llama_jax.mesh import mesh_text, sharding_rules
 from llama_jax.paths import make_directory, remove_directory
+from llama_jax.peers import Peers
 from llama_jax.tokenizer import load_tokenizer
 from train.checkpoints import Checkpoints, Progress, initial_state, resumed_state
 from train.config import PhaseConfig, TrainConfig
 from train.data.inputs import Inputs
 from train.data.packing import Batch
 from train.device import local_rows, put_batch
-from train.faults.peers import Peers
 from train.faults.watchdog import Watchdog
 from train.loop import jit_step
 from train.optimizer import TrainState, make_optimizer

@@ -18,7 +18,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -63,6 +63,7 @@ class Peers:
         self._hosts = {0: self._address.rpartition(":")[0], self.process: self._told["host"]}
         self._answered = time.monotonic()
         self._closed, self._parting, self._ending = threading.Event(), False, threading.Lock()
+        self._ended: dict[str, Any] | None = None  # why another process has ended all
 
     def __enter__(self) -> "Peers":
         # A process may hold several runs, one after the other; all count them alike.
@@ -88,6 +89,11 @@ class Peers:
     def part(self) -> None:
         """From here the processes end together, also if by an exception."""
         self._parting = True
+
+    @property
+    def coordinator(self) -> str:
+        """The host of process 0 as the others reach it; "" in a run of one process."""
+        return self._address.rpartition(":")[0].strip("[]")
 
     # The store.
 
@@ -129,7 +135,7 @@ class Peers:
         news = self.read("news")
         self._answered = time.monotonic()
         if "ended" in news:
-            ended = json.loads(news["ended"])
+            ended = self._ended = json.loads(news["ended"])
             self._closed.wait(_LINGER_SECONDS)  # its error may be about to come up here, too, and says more
             self.end(ended["reason"], ended["status"], tell=False)
         for listener in self._listeners:
@@ -180,13 +186,23 @@ class Peers:
 
     # Ending.
 
+    def lost(self, process: int) -> NoReturn:
+        """End the run because a connection to a process has broken, with what it said last if it said why."""
+        if process and self._ended is None:  # else the store is gone, too
+            news = self.read("news")
+            self._ended = json.loads(news["ended"]) if "ended" in news else None
+        ended = self._ended or {"reason": f"{self.name(process)} has gone", "status": EXIT_PEER_LOST}
+        self.end(ended["reason"], ended["status"], tell=self._ended is None and process > 0)
+
     def _fail(self, error: BaseException) -> None:
         """Tell the others, and let the process end by the error without jax's exit handler, which waits for all."""
         line = _one_line(error)
-        if _BROKEN_ELSEWHERE.search(line) or isinstance(error, RuntimeError) and _BROKEN.search(line):
-            self.tell(doubt=line)
-            time.sleep(self._silent_seconds + _DOUBT_SECONDS)  # the thread finds out who it was, and ends the process
-            self.end(f"the processes lost each other: {line}", EXIT_PEER_LOST)
+        for cause in _causes(error):
+            what = _one_line(cause)
+            if _BROKEN_ELSEWHERE.search(what) or isinstance(cause, RuntimeError) and _BROKEN.search(what):
+                self.tell(doubt=what)
+                time.sleep(self._silent_seconds + _DOUBT_SECONDS)  # a thread finds out who it was, and ends the process
+                self.end(f"the processes lost each other: {what}", EXIT_PEER_LOST)
         status = {SystemExit: getattr(error, "code", 1), KeyboardInterrupt: 130}.get(type(error), 1)
         self._tell_end(f"{self.name(self.process)} ended: {line}", EXIT_PEER_LOST)
         atexit.register(self._exit, status)
@@ -245,6 +261,14 @@ def slow_processes(records: Mapping[int, Mapping[str, Any]], *, factor: float = 
         for key, median in medians.items()
         if record[key] > factor * median and record[key] - median > medians["step_seconds"] / 20
     ]
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, those in it if it is a group, and what they come from."""
+    yield error
+    for cause in (*getattr(error, "exceptions", ()), error.__cause__):
+        if cause is not None:
+            yield from _causes(cause)
 
 
 def _one_line(error: BaseException) -> str:
