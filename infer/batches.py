@@ -15,6 +15,7 @@ from infer.sampling import SamplingParams, row_settings
 from infer.scheduler import Chunk, bucket, chunk_length
 from infer.scheduler import Sequence as Row
 from infer.sizes import (
+    MOST_NUMBERS,
     ROW_BASE_ELSEWHERE,
     TABLE_BASE_ELSEWHERE,
     TABLE_BASE_OF_FEW,
@@ -36,7 +37,8 @@ class Batches:
     """Batches for num_shards x num_rows rows of at most pages_a_row pages of page_size tokens.
 
     A decode dispatch has at least least_rows rows a shard. row_base and table_base: how much coarser the next bucket of
-    rows and pages is (infer/sizes.py); those of the few requests that need all of sampling are coarser.
+    rows and pages is (infer/sizes.py); those of the few requests that need all of sampling are coarser. The table of a
+    shard's dispatch has at most most_numbers numbers of pages, or those of one row.
     """
 
     num_shards: int
@@ -49,6 +51,7 @@ class Batches:
     least_rows: int = 1
     row_base: int = ROW_BASE_ELSEWHERE
     table_base: int = TABLE_BASE_ELSEWHERE
+    most_numbers: int = MOST_NUMBERS
 
     def off(self, rows: int, width: int, *, full: bool) -> Batch:
         """Rows a shard that do nothing."""
@@ -67,11 +70,48 @@ class Batches:
         targets = np.full((num, length), -1, np.int32) if told else None
         return Prompts(np.zeros_like(positions), positions, RowState(off, off - 1, off.copy(), settings), targets)
 
-    def decode(self, sequences: Sequence[Row]) -> tuple[list[int], Batch]:
-        """The place of each sequence in the batch, and the batch."""
+    def apart(self, sequences: Sequence[Row]) -> list[list[Row]]:
+        """The sequences in as few decode dispatches as have room for their pages, those of few together."""
+        groups = [list(sequences)]
+        if not self._fits(*self._decode_shape(sequences)[:2]):
+            groups = []
+            for sequence in sorted(sequences, key=lambda s: len(s.pages)):
+                if groups and self._fits(*self._decode_shape([*groups[-1], sequence])[:2]):
+                    groups[-1].append(sequence)
+                else:
+                    groups.append([sequence])
+        return groups
+
+    def first_of(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The chunks up to the last that one dispatch has room for."""
+        count = len(chunks)
+        while count > 1 and not self._fits(*self._prefill_shape(chunks[:count])[1:3]):
+            count -= 1
+        return list(chunks[:count])
+
+    def _fits(self, rows: int, width: int) -> bool:
+        return rows * width <= self.most_numbers or rows <= self.least_rows
+
+    def _decode_shape(self, sequences: Sequence[Row]) -> tuple[int, int, bool]:
+        """Rows a shard, pages of a row, and whether all of sampling is needed."""
         full = any(s.request.special for s in sequences)
         rows = self._decode_rows(max(Counter(s.shard for s in sequences).values()), full=full)
-        batch = self.off(rows, self._width(max(len(s.pages) for s in sequences), full=full), full=full)
+        return rows, self._width(max(len(s.pages) for s in sequences), full=full), full
+
+    def _prefill_shape(self, chunks: Sequence[Chunk]) -> tuple[int, int, int, bool]:
+        """Tokens of a chunk, rows a shard, pages of a row, and whether all of sampling is needed."""
+        sequences = [chunk.sequence for chunk in chunks]
+        fresh, full = chunks[0].start == 0, any(s.request.special for s in sequences)
+        length = self.length(max(stop - start for _, start, stop in chunks), fresh=fresh)
+        count = max(Counter(s.shard for s in sequences).values())
+        rows = prefill_rows(count, length, self.prefill_chunk, self.num_rows)
+        pages = max(len(s.pages) for s in sequences)
+        return length, rows, self.fresh_width(length) if fresh else self._width(pages, full=full), full
+
+    def decode(self, sequences: Sequence[Row]) -> tuple[list[int], Batch]:
+        """The place of each sequence in the batch, and the batch."""
+        rows, width, full = self._decode_shape(sequences)
+        batch = self.off(rows, width, full=full)
         places = self._places(sequences, rows)
         self._enter(batch, places, sequences)
         batch.rows[places] = [s.row for s in sequences]
@@ -80,12 +120,8 @@ class Batches:
     def prefill(self, chunks: Sequence[Chunk]) -> tuple[list[int], Prompts, Batch]:
         """The place of each chunk in the batch, the chunks and the batch; rows are named where a chunk is the last."""
         sequences = [chunk.sequence for chunk in chunks]
-        fresh = chunks[0].start == 0
-        length = self.length(max(stop - start for _, start, stop in chunks), fresh=fresh)
-        count = max(Counter(s.shard for s in sequences).values())
-        rows = prefill_rows(count, length, self.prefill_chunk, self.num_rows)
-        pages, full = max(len(s.pages) for s in sequences), any(s.request.special for s in sequences)
-        batch = self.off(rows, self.fresh_width(length) if fresh else self._width(pages, full=full), full=full)
+        length, rows, width, full = self._prefill_shape(chunks)
+        batch = self.off(rows, width, full=full)
         places = self._places(sequences, rows)
         self._enter(batch, places, sequences)
         params = [SamplingParams()] * (self.num_shards * rows)
@@ -158,14 +194,17 @@ class Batches:
         """A batch of every bucket, off."""
         for full in (False, True):
             for rows in sorted({self._decode_rows(count, full=full) for count in range(1, self.num_rows + 1)}):
-                yield from (self.off(rows, width, full=full) for width in self._widths(full=full))
+                widths = [width for width in self._widths(full=full) if self._fits(rows, width)]
+                yield from (self.off(rows, width, full=full) for width in widths)
 
     def every_prefill(self) -> Iterator[tuple[Prompts, Batch, bool]]:
         """Chunks and a batch of every bucket, off, and whether the chunks begin their prompts."""
-        for fresh, full in itertools.product((True, False), (False, True)):
+        kinds = (False, False), (True, False), (True, True)
+        for fresh, (full, told) in itertools.product((True, False), kinds):
             # Prompts that need all of sampling are prefilled one at a time.
             for rows, tokens in prefill_shapes(self.prefill_chunk, 1 if full else self.num_rows, fresh=fresh):
                 length = self.length(tokens, fresh=fresh)
-                prompts = self.off_prompts(rows, length, told=False)
+                prompts = self.off_prompts(rows, length, told=told)
                 for width in [self.fresh_width(length)] if fresh else self._widths(full=full):
-                    yield prompts, self.off(rows, width, full=full), fresh
+                    if self._fits(rows, width):
+                        yield prompts, self.off(rows, width, full=full), fresh

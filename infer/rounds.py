@@ -5,6 +5,7 @@ then reads what the round before it sent, so that the devices never wait for the
 read belongs to a request that still wants it, and goes on exactly where its tokens ended.
 """
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -33,6 +34,7 @@ from infer.sizes import (
 )
 from infer.steps import Told
 from infer.throughput import EngineStats, Throughput
+from llama_jax.attention import gathers_pages
 from llama_jax.entry import say
 from llama_jax.model import Llama
 from llama_jax.progress import progress
@@ -153,10 +155,14 @@ class Rounds:
         batches, rules = self._batches, self.programs.rules
         cfg, mesh = self.programs.cfg, self.programs.mesh
         size = page_bytes(cfg, mesh, rules, batches.page_size, self._dtype)
-        room, most = self._cache.num_bytes, batches.num_rows * batches.pages_a_row
-        if room is None:
-            room = self.programs.room(self._dtype, prefill_chunk=batches.prefill_chunk, held=self._pages * size)
-            room = most * size if room is None else room
+        most = batches.num_rows * batches.pages_a_row
+        room = self.programs.room(self._dtype, prefill_chunk=batches.prefill_chunk, held=self._pages * size)
+        if room is not None and gathers_pages(mesh):
+            # What a dispatch gathers takes no more than a pool might, so that there is room for every bucket.
+            self._batches = dataclasses.replace(batches, most_numbers=room // size)
+        if self._cache.num_bytes is not None:
+            room = self._cache.num_bytes
+        room = most * size if room is None else room
         fit = max(self._pages, min(most, room // size))
         if fit < 1:
             raise ValueError(
@@ -165,6 +171,7 @@ class Rounds:
             )
         if fit * batches.page_size < self.max_seq_len:
             self.max_seq_len = fit * batches.page_size
+            self._batches = dataclasses.replace(self._batches, pages_a_row=fit)
             say(f"the cache has room for {self.max_seq_len:,} tokens, which is the context that is served")
         return fit
 
@@ -234,9 +241,10 @@ class Rounds:
             decoding = scheduler.plan_decode()
             chunks = scheduler.plan_prefill()
         if chunks:
-            self._send_prefill(chunks)
+            self._send_prefill(self._batches.first_of(chunks))
         if decoding:
-            self._send_decode(decoding)
+            for rows in self._batches.apart(decoding):
+                self._send_decode(rows)
         news, self._read_early = self._read_early + self._receive(late), []
         return news
 
@@ -319,10 +327,7 @@ class Rounds:
     # Programs.
 
     def warmup(self) -> None:
-        """Compile every bucket: those of batches with penalties, masks or log-probabilities, and of those without.
-
-        Left out are the log-probabilities of prompts, which compile when they are first asked for.
-        """
+        """Compile every bucket: those of batches with penalties, masks or log-probabilities, and of those without."""
         self.open()
         decode, prefill = list(self._batches.every_decode()), list(self._batches.every_prefill())
         with progress(len(decode) + len(prefill), desc="compiling", unit=" programs") as bar:

@@ -27,6 +27,9 @@ TABLE_BASE = {"tpu": 64}
 TABLE_BASE_ELSEWHERE = 4
 TABLE_BASE_OF_FEW = 16
 
+# Numbers of pages in the table of a dispatch: those that the kernel of TPUs has scalar memory for.
+MOST_NUMBERS = 2**17
+
 # Rows of a decode dispatch: powers of this. What is read for a row that is off costs an accelerator next to nothing.
 ROW_BASE = {"cpu": 2}
 ROW_BASE_ELSEWHERE = 4

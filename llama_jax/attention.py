@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec, reshard
+from jax.sharding import Mesh, PartitionSpec, reshard
 
 from llama_jax.kernels import SAVED_NAME, Tokens, visible
 from llama_jax.kernels.paged import Pages, gather_pages, page_positions
@@ -102,6 +102,11 @@ def page_head_dim(head_dim: int) -> int:
     """Elements that a head has in a page: on TPUs whole lanes, or the pool would be copied to be read."""
     on_tpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "tpu"
     return -(-head_dim // _LANES) * _LANES if on_tpu else head_dim
+
+
+def gathers_pages(mesh: Mesh) -> bool:
+    """Whether attention over pages puts those of every row in order first, in as much memory again."""
+    return _paged_kernel(mesh.abstract_mesh.abstract_device) is gathered_attention
 
 
 def _paged_kernel(device: Any) -> Callable[..., Array]:

@@ -1,5 +1,6 @@
 """Whatever arrives when, and however little room there is: each request gets the tokens that it gets alone."""
 
+import contextlib
 import functools
 
 import hypothesis
@@ -130,9 +131,10 @@ def test_schedules_were_hard_enough():
     assert len(engine(64, 16)._compiled) < 40
 
 
-@pytest.mark.parametrize("spec", ["data=2,tensor=4", "context=2,tensor=4", "fsdp=8"])
-def test_a_schedule_gives_the_same_tokens_on_every_mesh(spec):
-    arrivals = [(i % 2, prompt, SamplingParams(max_new_tokens=12), None) for i, prompt in enumerate(PROMPTS)]
+@pytest.mark.parametrize("spec", ["data=2,tensor=4", "context=2,tensor=4", "data=2,context=4", "fsdp=8"])
+def test_a_schedule_gives_the_same_tokens_greedy_and_by_seed_on_every_mesh(spec):
+    settings = [SamplingParams(max_new_tokens=12, temperature=i % 2, seed=i) for i in range(len(PROMPTS))]
+    arrivals = [(i % 2, prompt, settings[i], None) for i, prompt in enumerate(PROMPTS)]
     under_test = engine(12, 16, spec, max_batch_size=2)
     for request in run_schedule(under_test, arrivals):
         assert request.result.tokens == list(alone(tuple(request.result.prompt_tokens), request.params))
@@ -158,14 +160,55 @@ def test_with_a_narrow_cache_too_a_batch_gives_what_each_request_gets_alone(dtyp
     assert sum(result.tokens == list(tokens) for result, tokens in zip(together, exact, strict=True)) >= 5
 
 
+@contextlib.contextmanager
+def compilations():
+    """What jax compiles, or fetches compiled, while the block runs."""
+    seen = []
+
+    def listener(event: str, seconds: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
 def test_after_warmup_nothing_compiles():
     under_test = engine(6, 16, max_batch_size=1, max_seq_len=32)
-    under_test.warmup()
+    with compilations() as seen:
+        under_test.warmup()
     before = under_test.stats().compilations
+    assert len(seen) >= before > 0
     penalized = SamplingParams(max_new_tokens=5, repetition_penalty=1.3, logprobs=2, banned_tokens=(1,))
-    plain = SamplingParams(max_new_tokens=20)
-    run_schedule(under_test, [(i % 3, prompt, (plain, penalized)[i % 2], None) for i, prompt in enumerate(PROMPTS[:7])])
-    assert under_test.stats().compilations == before
+    plain, told = SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=2, prompt_logprobs=1)
+    settings = (plain, penalized, told)
+    with compilations() as seen:
+        run_schedule(under_test, [(i % 2, PROMPTS[i % 7], settings[i % 3], None) for i in range(21)])
+    assert (under_test.stats().compilations, seen) == (before, [])
+
+
+def test_where_memory_is_short_no_dispatch_gathers_more_pages_than_there_is_room_for(monkeypatch):
+    page_bytes = PAGE * CFG.cache_bytes_per_token(bytes_per_value=4)
+    monkeypatch.setattr("infer.programs.bytes_for_pages", lambda *_, **__: 12 * page_bytes)
+    under_test = Engine(make_model("data=1"), max_batch_size=4, steps_per_dispatch=3, prefill_chunk=16)
+    under_test.warmup()
+    before, programs, sizes = under_test.num_compiled, under_test._rounds.programs, []
+    for name in ("prefill", "decode"):
+        run = getattr(programs, name)
+
+        def recorded(*args, run=run, **options):
+            sizes.append(next(arg.table.size for arg in args if hasattr(arg, "table")))
+            return run(*args, **options)
+
+        monkeypatch.setattr(programs, name, recorded)
+    settings = SamplingParams(max_new_tokens=12)
+    for request in run_schedule(under_test, [(0, prompt, settings, None) for prompt in PROMPTS]):
+        assert request.result.tokens == list(alone(tuple(request.result.prompt_tokens), settings))
+    assert 8 <= max(sizes) <= 12 and under_test.num_compiled == before
+    assert all_pages_are_free(under_test)
 
 
 # What only some requests ask for, beside those that do not.
