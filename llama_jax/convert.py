@@ -1,4 +1,4 @@
-"""Convert a checkpoint between formats: `python -m llama_jax.convert SRC DST --to hf|meta|orbax`.
+"""Convert a checkpoint between formats: `python -m llama_jax.convert SRC DST --to hf|meta|orbax|gguf`.
 
 Streams canonical tensors from reader to writer, one in memory at a time, without a model: values
 are never touched, so HF -> any -> HF is equal to the bit unless --dtype asks for a cast.
@@ -15,7 +15,7 @@ import numpy as np
 from llama_jax.entry import parse_settings, run_entry
 from llama_jax.paths import staged_directory, vacant_directory
 from llama_jax.progress import Bar, progress
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.tokenizer import gguf_tokenizer_files, load_tokenizer
 
 if TYPE_CHECKING:
     from llama_jax.checkpoint.formats import Format
@@ -77,9 +77,13 @@ def _token_ids(directory: Path) -> dict[str, Any]:
 
 
 def copy_companions(src: Path, dst: Path) -> None:
-    """Copy tokenizer, chat template and licence files where they exist."""
+    """Copy tokenizer, chat template and licence files where they exist; the first two are made of a GGUF file's own."""
     from llama_jax.checkpoint.companions import COMPANION_FILES
 
+    if src.is_file():
+        for name, content in gguf_tokenizer_files(src).items():
+            (dst / name).write_bytes(content)
+        return
     for pattern in COMPANION_FILES:
         for file in src.glob(pattern):
             (dst / file.name).write_bytes(file.read_bytes())
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m llama_jax.convert", description="Convert a checkpoint.")
     parser.add_argument("src", metavar="SRC", help="directory (local, gs:// or s3://), run directory or hub id")
     parser.add_argument("dst", metavar="DST", help="directory to write; must not exist or be empty")
-    parser.add_argument("--to", required=True, choices=("hf", "meta", "orbax"))
+    parser.add_argument("--to", required=True, choices=("hf", "meta", "orbax", "gguf"))
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the weights; default: keep them to the bit")
     parser.add_argument("--num-shards", type=int, default=1, metavar="N", help="consolidated.NN.pth files of --to meta")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. rope.factor=32")

@@ -1,8 +1,9 @@
-"""Text to token ids and back: one face for the three kinds of file that a Llama's vocabulary comes in.
+"""Text to token ids and back: one face for the kinds of file that a Llama's vocabulary comes in.
 
 The kinds: Meta's tiktoken `tokenizer.model` (llama-models, models/llama3/tokenizer.py), Hugging Face's
-`tokenizer.json`, and a sentencepiece `.model`. The one invariant: `encode` never makes a special token out
-of text, so "<|eot_id|>" typed by a user stays ordinary text; special tokens enter by id alone.
+`tokenizer.json`, a sentencepiece `.model`, and the metadata of a `.gguf`. The one invariant: `encode` never
+makes a special token out of text, so "<|eot_id|>" typed by a user stays ordinary text; special tokens enter by
+id alone.
 """
 
 import base64
@@ -20,6 +21,8 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
+from llama_jax.gguf import GgufFile
+from llama_jax.gguf_tokenizer import tokenizer_files
 from llama_jax.paths import as_path
 
 # The 256 special tokens after the ranks, named as in the Llama 3.1 tokenizer.json.
@@ -143,15 +146,17 @@ class TextStream:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Reads a tokenizer from a file or directory, local or remote; its content, not its name, tells the kind.
+    """Reads a tokenizer from a file or directory, local or remote; its content tells the kind (of a .gguf its name).
 
     A directory is searched for tokenizer.json, tokenizer.model and original/tokenizer.model. Beside the file,
     tokenizer_config.json, special_tokens_map.json, generation_config.json and chat_template.jinja are read
     where they exist. Raises ValueError if there is no tokenizer or it cannot be read.
     """
     file = _find(as_path(path))
-    data = file.read_bytes()
-    config = _read_config(file.parent)
+    if file.suffix == ".gguf":
+        data, config = _read_gguf(file)
+    else:
+        data, config = file.read_bytes(), _read_config(file.parent)
     if data[:64].lstrip().startswith(b"{"):
         kind, build = "tokenizer.json", _from_huggingface
     elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
@@ -171,6 +176,26 @@ def _find(path: Path) -> Path:
         if file.is_file():
             return file
     raise ValueError(f"no tokenizer at {path}: expected a file, or a directory with {' or '.join(names)}")
+
+
+def _read_gguf(file: Path) -> tuple[bytes, dict]:
+    """The tokenizer in a GGUF file as the file that it would be, and what is said beside it."""
+    files = gguf_tokenizer_files(file)
+    if not files:
+        raise ValueError(f"{file} holds no tokenizer")
+    config = json.loads(files.pop("tokenizer_config.json"))
+    return next(iter(files.values())), config
+
+
+def gguf_tokenizer_files(file: Path) -> dict[str, bytes]:
+    """The contents by name of the files that hold the tokenizer of a GGUF file; none without one.
+
+    Raises ValueError if there is one that cannot be read.
+    """
+    try:
+        return tokenizer_files(GgufFile(file).metadata, META_WORDS)
+    except ValueError as error:
+        raise ValueError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from None
 
 
 def _read_config(folder: Path) -> dict:

@@ -240,10 +240,12 @@ def test_paths_that_are_no_directory_are_refused(hf, tmp_path):
 
 
 def test_directories_without_weights_say_what_they_have(copied, tmp_path):
-    with pytest.raises(ValueError, match="is empty; expected a Hugging Face, Meta or Orbax checkpoint"):
+    with pytest.raises(ValueError, match="is empty; expected a Hugging Face, Meta, GGUF or Orbax checkpoint"):
         (tmp_path / "empty").mkdir()
         llama_jax.load(tmp_path / "empty")
-    with pytest.raises(ValueError, match="it has none of model.json, config.json, params.json, but generation_config"):
+    with pytest.raises(
+        ValueError, match=r"none of model.json, config.json, params.json, \*.gguf, but generation_config"
+    ):
         (copied / "config.json").rename(tmp_path / "config.json")
         llama_jax.load(copied)
     with pytest.raises(ValueError, match="has neither model.safetensors nor model.safetensors.index.json"):
@@ -302,8 +304,8 @@ def test_options_that_do_not_exist_are_refused(hf):
 def test_saving_refuses_an_unknown_format_and_a_full_directory(hf, tmp_path):
     with llama_jax.use_mesh("data=1"):
         model = llama_jax.load(hf["float32"])
-        with pytest.raises(ValueError, match="unknown format 'gguf'; expected one of hf, meta, orbax"):
-            llama_jax.save(model, tmp_path / "out", format="gguf")  # pyright: ignore
+        with pytest.raises(ValueError, match="unknown format 'npz'; expected one of hf, meta, orbax"):
+            llama_jax.save(model, tmp_path / "out", format="npz")  # pyright: ignore
         (tmp_path / "precious").touch()
         with pytest.raises(FileExistsError, match="is not an empty directory"):
             llama_jax.save(model, tmp_path)

@@ -13,7 +13,10 @@ PACKAGES = ("llama_jax", "train", "infer")
 
 # A file imports from lower floors, or from its own without a circle.
 FLOORS = (
-    tuple("config mesh paths tokenizer template chat progress slices program devices peers entry".split()),
+    tuple(
+        "config mesh paths gguf gguf_tokenizer tokenizer template chat progress slices program devices peers "
+        "entry".split()
+    ),
     ("rope", "quantize", "schemes", "kernels"),
     ("attention", "cache"),
     ("model",),

@@ -1,4 +1,4 @@
-"""Which checkpoint is at a path, and writing one: Hugging Face, Meta or this project's own.
+"""Which checkpoint is at a path, and writing one: Hugging Face, Meta, GGUF or this project's own.
 
 The project's own form is a directory with model.json (the architecture) and params/, an Orbax
 checkpoint of canonical names and shapes. A run directory of train.pretrain holds one per saved
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 
-from llama_jax.checkpoint import hf, meta
+from llama_jax.checkpoint import gguf, hf, meta
 from llama_jax.checkpoint.hub import download
 from llama_jax.checkpoint.layout import check_tensors
 from llama_jax.checkpoint.names import canonical_shapes
@@ -26,11 +27,13 @@ from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig, RopeConfig, set_field
 from llama_jax.paths import as_path
 
-Format = Literal["hf", "meta", "orbax"]
+Format = Literal["hf", "meta", "orbax", "gguf"]
 
-FORMATS: tuple[Format, ...] = ("hf", "meta", "orbax")
+FORMATS: tuple[Format, ...] = ("hf", "meta", "orbax", "gguf")
 
 MODEL_FILE = "model.json"
+
+GGUF = ".gguf"
 
 _DESCRIPTIONS = (MODEL_FILE, "config.json", "params.json")
 
@@ -75,7 +78,9 @@ def open_checkpoint(
     """
     directory = find_checkpoint(str(path), check)
     metadata: Mapping[str, Any] = {}
-    if (directory / MODEL_FILE).exists():
+    if directory.suffix == GGUF:
+        form, (cfg, metadata) = "gguf", gguf.read_gguf(directory)
+    elif (directory / MODEL_FILE).exists():
         form, (cfg, metadata) = "orbax", _read_model_file(directory / MODEL_FILE)
     elif (directory / "config.json").exists():
         form, (cfg, metadata) = "hf", hf.read_config(directory, allow_unknown=allow_unknown_config)
@@ -89,7 +94,8 @@ def open_checkpoint(
     check_tensors(cfg, source, file_of)
     companions = _run_of(directory) if form == "orbax" else directory
     packed = source.packed if isinstance(source, QuantizedSource) else {}
-    dtype = source.tensors["model.embed_tokens.weight"].dtype
+    embedding = "model.embed_tokens.weight"
+    dtype = np.dtype(ml_dtypes.bfloat16) if embedding in packed else source.tensors[embedding].dtype
     return Checkpoint(directory, companions, form, cfg, CanonicalSource(source, cfg), metadata, packed, dtype)
 
 
@@ -109,6 +115,8 @@ def _open_source(form: Format, directory: Path, cfg: LlamaConfig) -> tuple[Sourc
         from llama_jax.checkpoint import orbax  # half a second to import
 
         return orbax.OrbaxSource(directory / "params"), lambda name: directory
+    if form == "gguf":
+        return gguf.open_gguf(directory, cfg), lambda name: directory
     if form == "meta":
         return meta.MetaSource(directory, cfg), lambda name: directory
     _refuse_pickled(directory)
@@ -122,13 +130,19 @@ def _open_source(form: Format, directory: Path, cfg: LlamaConfig) -> tuple[Sourc
 
 
 def find_checkpoint(path: str, check: Callable[[LlamaConfig], None] | None = None) -> Path:
-    """The directory of weights that a checkpoint argument names; a hub id is downloaded if check lets it."""
+    """The directory or GGUF file that a checkpoint argument names; a hub id is downloaded if check lets it."""
     directory = as_path(path)
     if directory.is_dir():
-        described = any((directory / name).exists() for name in _DESCRIPTIONS)
-        return directory if described or not (directory / _STEPS).is_dir() else _find_step(directory)
+        if any((directory / name).exists() for name in _DESCRIPTIONS):
+            return directory
+        files = sorted(directory.glob(f"*{GGUF}"))
+        if len(files) > 1:
+            raise ValueError(f"{path} holds {len(files)} {GGUF} files; name one of them, such as {files[0]}")
+        return files[0] if files else _find_step(directory) if (directory / _STEPS).is_dir() else directory
+    if directory.suffix == GGUF and directory.exists():
+        return directory
     if directory.exists():
-        raise ValueError(f"{path} is a file; a checkpoint is given as its directory")
+        raise ValueError(f"{path} is a file; a checkpoint is given as its directory, or as a {GGUF} file")
     base, _, step = path.rpartition("@")
     if base and as_path(base).is_dir():
         return _find_step(as_path(base), step)
@@ -170,9 +184,9 @@ def _run_of(directory: Path) -> Path:
 def _nothing_here(directory: Path) -> str:
     entries = sorted(p.name for p in directory.iterdir())
     if not entries:
-        return f"{directory} is empty; expected a Hugging Face, Meta or Orbax checkpoint"
+        return f"{directory} is empty; expected a Hugging Face, Meta, GGUF or Orbax checkpoint"
     shown = ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")
-    return f"{directory} is not a checkpoint: it has none of {', '.join(_DESCRIPTIONS)}, but {shown}"
+    return f"{directory} is not a checkpoint: it has none of {', '.join(_DESCRIPTIONS)}, *{GGUF}, but {shown}"
 
 
 def _refuse_pickled(directory: Path) -> None:
@@ -206,11 +220,13 @@ def write_checkpoint(
     to: Format,
     metadata: Mapping[str, Any] | None = None,
     num_shards: int = 1,
+    gguf_type: str | None = None,
 ) -> None:
     """Write the tensors of a config as a checkpoint into a directory, a tensor at a time, its description last.
 
     source holds exactly the canonical tensors. num_shards is the number of consolidated.NN.pth
-    files of the Meta form.
+    files of the Meta form, gguf_type the type of the matrices in GGUF ("Q8_0"; default: theirs), where
+    model.gguf also takes the tokenizer that is in the directory.
     """
     if to == "hf":
         dtype = source.tensors["model.embed_tokens.weight"].dtype.name
@@ -218,6 +234,8 @@ def write_checkpoint(
         hf.write_config(directory, cfg, dtype=dtype, token_ids=metadata or {})
     elif to == "meta":
         meta.write_meta(directory, cfg, source, num_shards=num_shards)
+    elif to == "gguf":
+        gguf.write_gguf_model(directory, cfg, source, type_name=gguf_type)
     else:
         from llama_jax.checkpoint import orbax
 

@@ -196,9 +196,9 @@ class _Stored(NamedTuple):
 def _layout(cfg: LlamaConfig, *, kv_copies: int = 1, embedding_dim: int = 0) -> dict[str, _Stored]:
     """Canonical name -> how Meta keeps it."""
     rows = {
-        "wq": _head_rows(cfg.num_heads, cfg.head_dim, rotary=True),
-        "wk": _head_rows(cfg.num_kv_heads, cfg.head_dim, rotary=True, copies=kv_copies),
-        "wv": _head_rows(cfg.num_kv_heads, cfg.head_dim, rotary=False, copies=kv_copies),
+        "wq": head_rows(cfg.num_heads, cfg.head_dim, rotary=True),
+        "wk": head_rows(cfg.num_kv_heads, cfg.head_dim, rotary=True, copies=kv_copies),
+        "wv": head_rows(cfg.num_kv_heads, cfg.head_dim, rotary=False, copies=kv_copies),
     }
     shapes = canonical_shapes(cfg)
     entries = {}
@@ -213,7 +213,7 @@ def _layout(cfg: LlamaConfig, *, kv_copies: int = 1, embedding_dim: int = 0) -> 
     return entries
 
 
-def _head_rows(num_heads: int, head_dim: int, *, rotary: bool, copies: int = 1) -> np.ndarray:
+def head_rows(num_heads: int, head_dim: int, *, rotary: bool, copies: int = 1) -> np.ndarray:
     """Stored row of every canonical row, first copy of each head. Rotary: even rows first, then odd ones."""
     within = np.arange(head_dim)
     if rotary:

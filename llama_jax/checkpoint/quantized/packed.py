@@ -50,6 +50,14 @@ class Packed(NamedTuple):
         values = values * self._by_column(self.scales)
         return values if self.offsets is None else values - self._by_column(self.offsets)
 
+    def columns(self, part: slice) -> "Packed":
+        """Some of the columns."""
+        count = self.values.shape[1]
+        if (part.start, part.stop) == (0, count):
+            return self
+        groups = np.arange(count) // (count // self.scales.shape[1]) if self.groups is None else self.groups
+        return self._replace(values=self.values[:, part], groups=groups[part])
+
     def _by_column(self, numbers: np.ndarray) -> np.ndarray:
         numbers = numbers.astype(np.float32)
         if self.groups is not None:
