@@ -174,7 +174,7 @@ def plan_training(row: Training, hlo: Path | None = None) -> Plan:
 
 def plan_serving(row: Serving, hlo: Path | None = None) -> GenerationPlan:
     """Compile the row's prefill and decode, of a prompt that leaves room for 128 tokens."""
-    work = Workload(PRESETS[row.preset], "bfloat16", 1, row.context - 128, row.context)
+    work = Workload(PRESETS[row.preset], "bfloat16", 1, row.context - 128, row.context, {"steps_per_dispatch": 1})
     return plan_generation(work, parse_slice(row.slice), row.mesh, hlo=hlo)
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infer.entry import add_model_options, follow
+from infer.entry import add_model_options, add_plan_options, follow
 from infer.results import ResultFile, json_lines
-from infer.serve import add_engine_options, import_api, make_server
+from infer.serve import add_engine_options, engine_options, import_api, make_server
 from infer.synthesis import Synthesis, add_synthesis_options
 from llama_jax.devices import open_devices, use_compilation_cache
 from llama_jax.entry import run_entry, say
@@ -38,6 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_synthesis_options(parser)
     add_engine_options(parser)
     add_model_options(parser)
+    add_plan_options(parser, with_json=True)
     return parser.parse_args(argv)
 
 
@@ -48,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do what is not done yet. Raises ValueError or OSError for what is wrong with options or files."""
+    if args.plan:
+        from infer.plan import print_plan
+
+        return print_plan(args, served=engine_options(args))
     if is_remote(args.output):
         raise ValueError(f"{args.output}: results are appended as they come, which an object store cannot; name a file")
     import_api()

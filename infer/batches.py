@@ -197,6 +197,13 @@ class Batches:
                 widths = [width for width in self._widths(full=full) if self._fits(rows, width)]
                 yield from (self.off(rows, width, full=full) for width in widths)
 
+    def largest(self) -> tuple[tuple[Prompts, Batch, bool], Batch]:
+        """The chunks of the most tokens and pages, and the largest batch of decoding, of plain sampling."""
+        prefill = (chunks for chunks in self.every_prefill() if chunks[1].allowed is None)
+        decode = (batch for batch in self.every_decode() if batch.allowed is None)
+        most = max(prefill, key=lambda chunks: (chunks[0].tokens.size, chunks[1].table.size))
+        return most, max(decode, key=lambda batch: batch.table.size)
+
     def every_prefill(self) -> Iterator[tuple[Prompts, Batch, bool]]:
         """Chunks and a batch of every bucket, off, and whether the chunks begin their prompts."""
         kinds = (False, False), (True, False), (True, True)

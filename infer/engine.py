@@ -14,7 +14,7 @@ import numpy as np
 
 from infer.hosts import Hosts
 from infer.request import Request, Result
-from infer.rounds import Rounds
+from infer.rounds import Lowered, Rounds
 from infer.sampling import SamplingParams, best_first, token_mask
 from infer.sizes import CacheOptions
 from infer.throughput import EngineStats, Throughput
@@ -206,9 +206,13 @@ class Engine:
         vector = {"mean": mean, "last": last}[pooling]
         return vector / np.linalg.norm(vector)
 
-    def lower(self, requests: Sequence[Request]) -> tuple[jax.stages.Lowered, jax.stages.Lowered, tuple[Any, ...]]:
+    def lower(self, requests: Sequence[Request]) -> Lowered:
         """The last prefill and decode of requests as `run` compiles them, and the abstract pools; nothing is run."""
         return self._rounds.lower(requests)
+
+    def lower_largest(self, left: int) -> Lowered:
+        """The largest prefill and decode as `warmup` compiles them on devices with so many bytes beside weights."""
+        return self._rounds.lower_largest(left)
 
     @property
     def num_compiled(self) -> int:

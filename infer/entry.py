@@ -34,6 +34,9 @@ DEMO = Path(__file__).parents[1] / "llama_jax" / "demo"
 DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "int8", "fp8")
 
+# Above this number of parameters a step takes so long that a stream shows every token by itself.
+_LARGE = 100_000_000
+
 _SHORTEST = 256  # tokens of the shortest conversation, and of the steps in which longer ones are tried
 
 
@@ -73,6 +76,28 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config field, e.g. rope.factor=32"
     )
     group.add_argument("--allow-unknown-config", action="store_true", help="ignore unknown config attributes")
+
+
+def add_plan_options(parser: argparse.ArgumentParser, *, with_json: bool = False) -> None:
+    """Declare what is compiled in place of a run."""
+    group = parser.add_argument_group("plan", "in place of a run, of a checkpoint or the name of a preset")
+    group.add_argument("--plan", metavar="SLICE", help="compile for a slice, e.g. v5e:2x4, report and stop")
+    group.add_argument(
+        "--plan-seconds", type=float, default=600.0, metavar="S", help="to find a mesh where none is given: %(default)s"
+    )
+    group.add_argument("--hlo", metavar="F", help="write the compiled decode there, and prefill to F.2")
+    if with_json:
+        group.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def is_streamed(args: argparse.Namespace, num_prompts: int) -> bool:
+    """Whether the text of infer.generate is shown as it comes."""
+    return num_prompts <= 1 and not args.json
+
+
+def steps_per_dispatch(cfg: "LlamaConfig", *, streamed: bool) -> int:
+    """Tokens that one dispatch of infer.generate decodes."""
+    return 1 if streamed and cfg.num_params() > _LARGE else 8
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -17,14 +17,17 @@ from infer.conversation import Conversation, chat_notice, dialog
 from infer.entry import (
     Startup,
     add_model_options,
+    add_plan_options,
     add_sampling_options,
     check_weights,
     conversation_length,
     describe_sampling,
     follow,
+    is_streamed,
     load_model,
     open_model,
     sampling_params,
+    steps_per_dispatch,
 )
 from llama_jax.devices import open_devices, use_compilation_cache
 from llama_jax.entry import run_entry, say
@@ -44,9 +47,6 @@ ANSWER_TOKENS = 2048
 # What is told of a result elsewhere.
 _OF_SERVING = ("top_logprobs", "prompt_logprobs", "prompt_top_logprobs", "cached_tokens")
 
-# Above this number of parameters a step takes so long that a stream shows every token by itself.
-_LARGE = 100_000_000
-
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
@@ -61,15 +61,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="prompts are messages; without one, a conversation")
     parser.add_argument("--system", metavar="S", help="the system message of --chat")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt and nothing else")
-    parser.add_argument(
-        "--plan", metavar="SLICE", help="compile for a slice, e.g. v5e:2x4, report and stop; C may be a preset's name"
-    )
-    parser.add_argument(
-        "--plan-seconds", type=float, default=600.0, metavar="S", help="to find a mesh where none is given: %(default)s"
-    )
-    parser.add_argument("--hlo", metavar="F", help="with --plan: write the compiled decode there, and prefill to F.2")
     add_sampling_options(parser)
     add_model_options(parser)
+    add_plan_options(parser)
     args = parser.parse_intermixed_args(argv, argparse.Namespace(max_new_tokens=None))
     given = bool(args.prompts or args.prompt_file or args.prompt_tokens)
     args.conversation = args.chat and not (given or args.json) and _is_terminal()
@@ -123,8 +117,8 @@ def continue_prompts(args: argparse.Namespace, hosts: "Hosts", startup: Startup)
     model = load_model(args, checkpoint, hosts, args.max_new_tokens)
     del checkpoint  # with what it keeps in memory of remote files
     startup.lap("load")
-    streamed = len(prompts) <= 1 and not args.json
-    steps = 1 if streamed and model.cfg.num_params() > _LARGE else 8
+    streamed = is_streamed(args, len(prompts))
+    steps = steps_per_dispatch(model.cfg, streamed=streamed)
     max_seq_len = conversation_length(args, model) if args.conversation else args.max_seq_len
     engine = Engine(model, tokenizer, max_seq_len=max_seq_len, steps_per_dispatch=steps, hosts=hosts)
     requests = engine.requests([dialog(args.system, text) for text in prompts] if args.chat else prompts, params)

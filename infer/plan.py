@@ -1,16 +1,16 @@
 """Generation planned for a slice that need not be here: what fits, and how fast a token can come at best.
 
-The engine's own prefill and decode are compiled, with abstract weights and caches, for prompts that
-fill the context up to the new tokens. A decode step reads every weight and the whole cache once, so
-its least time is those bytes over the memory's bandwidth. The invariant: what is compiled here for
-cpu:8 is what the engine runs on eight CPU devices.
+The engine's own prefill and decode are compiled, with abstract weights and caches: for prompts that fill
+the context up to the new tokens, or those of a server all of whose rows and pages are in use. A decode
+step reads every weight and the whole cache once, so its least time is those bytes over the memory's
+bandwidth. The invariant: what is compiled here for cpu:8 is what the engine runs on eight CPU devices.
 """
 
 import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from infer.engine import Engine
-from infer.entry import open_model
+from infer.entry import is_streamed, open_model, steps_per_dispatch
 from infer.sampling import SamplingParams
 from llama_jax.config import PRESETS, LlamaConfig, set_field
 from llama_jax.devices import model_name, use_compilation_cache
 from llama_jax.entry import parse_settings, say
 from llama_jax.memory import bytes_a_device, weight_bytes
-from llama_jax.mesh import inference_mesh_spec, legal_tensor_sizes
+from llama_jax.mesh import inference_mesh_spec, legal_tensor_sizes, parse_mesh
 from llama_jax.model import Llama
-from llama_jax.plan import Plan, Terms, check_directory, gib, plan, rows, sources, table, try_each
+from llama_jax.plan import Plan, Terms, capacity, check_directory, gib, plan, rows, sources, table, try_each
 from llama_jax.program import Buffer
 from llama_jax.slices import Slice, all_slices, parse_slice, smallest_slice, use_slice
 
@@ -40,25 +40,36 @@ _NUM_BEST = 5
 # Keys of a training report that have no meaning here.
 _OF_TRAINING = ("remat", "stage_tokens", "stage_days", "device_hours", "cost", "checkpoint_bytes", "checkpoint_seconds")
 
+# Where this report's own numbers are from.
+_EXACT = ("weights_bytes", "cache_bytes", "cache_tokens", "decode_read_bytes", "host_ram_to_load_bytes", "disk_bytes")
+_ASSUMED = ("decode_read_seconds", "tokens_per_second", "tokens_per_dollar", "largest_batch", "largest_context")
+
 # Contexts are advised in whole multiples of it.
 _CONTEXT_STEP = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is served: batch prompts at a time, each of prompt_tokens that go on to the end of the context."""
+    """What is asked of the engine: batch prompts at a time, each of prompt_tokens that go on to the end of the context.
+
+    engine: arguments of the Engine, whose context is this one if they do not say. is_served: its pool takes all
+    memory that it may, whatever the prompts.
+    """
 
     cfg: LlamaConfig
     dtype: DTypeLike
     batch: int
     prompt_tokens: int
     context: int
+    engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_served: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationPlan:
     """Both programs of generation on a slice; bytes are those of one chip. advice: what to change if they do not fit.
 
+    context: of a server what its pool of cache_tokens leaves of the context that was asked for.
     largest_batch: prompts at a time at this context. largest_context: tokens a prompt at this batch,
     at most the model's. For both all that is not weights is taken to grow in proportion.
     decode_read_seconds: to read weights and cache once at the memory's full bandwidth; None on CPUs.
@@ -76,6 +87,7 @@ class GenerationPlan:
     hbm_peak_bytes: int
     weights_bytes: int
     cache_bytes: int
+    cache_tokens: int
     decode_read_bytes: int
     decode_read_seconds: float | None
     tokens_per_second: float | None
@@ -91,17 +103,16 @@ class GenerationPlan:
     best: tuple[str, ...] = ()
 
 
-def print_plan(args: argparse.Namespace, *, batch: int | None = None, new_tokens: int | None = None) -> None:
-    """Plan what the options of infer.generate ask for; --checkpoint may name a preset, whose weights are not needed.
+def print_plan(args: argparse.Namespace, *, served: Mapping[str, Any] | None = None) -> None:
+    """Plan what the options of an entry ask for; --checkpoint may name a preset, whose weights are not needed.
 
-    batch and new_tokens: prompts at a time and tokens after each, by default those of the options.
+    served: arguments of the engine of a server; without them prompts are continued as infer.generate does.
     Raises ValueError for what cannot be planned.
     """
     target = parse_slice(args.plan)
-    cfg, dtype = _model(args, target)
-    context = args.max_seq_len or min(cfg.max_seq_len, CONTEXT)
-    room = min(new_tokens or args.max_new_tokens, context - 1)
-    work = Workload(cfg, dtype, batch or max(1, len(args.prompts)), context - room, context)
+    work = _workload(args, target, served)
+    cfg = work.cfg
+    check_weights(work, target)
     hlo = Path(args.hlo) if args.hlo else None
     check_directory(hlo)
     use_compilation_cache()
@@ -127,8 +138,21 @@ def report(found: GenerationPlan) -> dict[str, Any]:
     larger = first if found.prefill.hbm_peak_bytes > found.decode.hbm_peak_bytes else after
     memory = ("hbm_arguments_bytes", "hbm_temporaries_bytes", "host_bytes", "parts", "largest")
     of_larger = {key: larger[key] for key in memory}
-    origin = sources(found.decode) | dict.fromkeys(("decode_read_seconds", "tokens_per_second"), "assumed")
+    origin = sources(found.decode) | dict.fromkeys(_EXACT, "exact") | dict.fromkeys(_ASSUMED, "assumed")
     return dict.fromkeys(_OF_TRAINING) | after | of_larger | dataclasses.asdict(found) | {"sources": origin}
+
+
+def _workload(args: argparse.Namespace, target: Slice, served: Mapping[str, Any] | None) -> Workload:
+    cfg, dtype = _model(args, target)
+    limit = args.max_seq_len or cfg.max_seq_len
+    if served is not None:
+        return Workload(cfg, dtype, served["max_batch_size"], limit - 1, limit, served, is_served=True)
+    context = args.max_seq_len or min(limit, CONTEXT)
+    room = min(args.max_new_tokens, context - 1)
+    num_prompts = max(1, len(args.prompts))
+    steps = steps_per_dispatch(cfg, streamed=is_streamed(args, num_prompts))
+    engine = {"max_seq_len": limit, "steps_per_dispatch": steps}
+    return Workload(cfg, dtype, num_prompts, context - room, context, engine)
 
 
 def _model(args: argparse.Namespace, target: Slice) -> tuple[LlamaConfig, DTypeLike]:
@@ -145,33 +169,43 @@ def _model(args: argparse.Namespace, target: Slice) -> tuple[LlamaConfig, DTypeL
     return cfg, args.dtype or ("float32" if target.kind == "cpu" else stored)
 
 
+def check_weights(work: Workload, target: Slice) -> None:
+    """Raise ValueError that names the smallest slice that can if this one cannot hold the weights."""
+    weights, most = _stored_bytes(work), target.chip.hbm_bytes
+    if most and weights > most * target.num_chips:
+        enough = smallest_slice(target.kind, weights)
+        way = f"the smallest slice that holds them is {enough}" if enough else f"no slice of {target.kind} holds them"
+        has = f"{target} has {target.num_chips} x {gib(most)}"
+        raise ValueError(f"{model_name(work.cfg)}: weights are {gib(weights)}, and {has}; {way}")
+
+
+def _stored_bytes(work: Workload) -> int:
+    return jnp.dtype(work.dtype).itemsize * work.cfg.num_params()
+
+
 def search(work: Workload, target: Slice, *, seconds: float) -> list[tuple[str, GenerationPlan]]:
     """Plans of the mesh that a run would take and of others, within about so many seconds, the best first.
 
-    Raises ValueError if the slice cannot hold the weights.
+    Raises ValueError if none has room for weights and cache.
     """
-    size, capacity = jnp.dtype(work.dtype).itemsize, target.chip.hbm_bytes or math.inf
-    weights = size * work.cfg.num_params()
-    if weights > capacity * target.num_chips:
-        enough = smallest_slice(target.kind, weights)
-        raise ValueError(
-            f"{model_name(work.cfg)}: weights are {gib(weights)}, and {target} has {target.num_chips} x "
-            f"{gib(capacity)}; the smallest slice that holds them is {enough}"
-        )
-    own = inference_mesh_spec(work.cfg, target.num_chips, target.chips_per_host)
+    weights, most = _stored_bytes(work), target.chip.hbm_bytes or math.inf
+    own = parse_mesh(inference_mesh_spec(work.cfg, target.num_chips, target.chips_per_host), target.num_chips)
     slices = 1 if target.is_gpu else target.num_slices
 
     def meshes(_: list) -> Iterator[str]:
-        yield own
-        for tensor in reversed(legal_tensor_sizes(work.cfg, target.num_chips // slices)):
-            mesh = f"data={target.num_chips // tensor},tensor={tensor}"
-            divides = target.num_chips % (tensor * slices) == 0
-            if divides and mesh != own and weights / tensor <= capacity:
-                yield mesh
+        others = reversed(legal_tensor_sizes(work.cfg, target.num_chips // slices))
+        for tensor in dict.fromkeys((own["tensor"], *others)):
+            if target.num_chips % (tensor * slices) == 0 and weights / tensor <= most:
+                yield f"data={target.num_chips // tensor},tensor={tensor}"
 
-    return try_each(
+    tried = try_each(
         meshes, lambda mesh: plan_generation(work, target, mesh), seconds=seconds, rank=rank, summary=summary
     )
+    if not tried:
+        larger = (other for other in all_slices(target.kind) if other.num_chips > target.num_chips)
+        way = f"the next larger slice is {next(larger, None) or 'not there'}"
+        raise ValueError(f"{model_name(work.cfg)}: no mesh of {target} has room for weights and cache; {way}")
+    return tried
 
 
 def rank(found: GenerationPlan) -> tuple[bool, float, int]:
@@ -192,12 +226,16 @@ def plan_generation(work: Workload, target: Slice, mesh: str, *, hlo: Path | Non
     """Compile prefill and decode; hlo is where the text of decode goes, and beside it, as .2, that of prefill."""
     with use_slice(target, mesh):
         model = abstract_model(work.cfg, work.dtype)
-        engine = Engine(model, max_seq_len=work.context, max_batch_size=max(work.batch, 64), steps_per_dispatch=1)
+        engine = Engine(model, **{"max_seq_len": work.context, **work.engine})
         say(f"compiling {model_name(work.cfg)}, {work.batch} x {work.context} tokens, {mesh}, for {target}")
-        params = SamplingParams(max_new_tokens=work.context - work.prompt_tokens)
-        requests = engine.requests([[0] * work.prompt_tokens] * work.batch, params)
-        prefill, decode, caches = engine.lower(requests)
-        parts, terms = {"weights": weight_bytes(work.cfg, work.dtype)}, model_terms(model, caches)
+        parts = {"weights": weight_bytes(work.cfg, work.dtype)}
+        if work.is_served:
+            prefill, decode, caches = engine.lower_largest(capacity(target) - parts["weights"])
+            work = dataclasses.replace(work, context=engine.max_seq_len)
+        else:
+            params = SamplingParams(max_new_tokens=work.context - work.prompt_tokens)
+            prefill, decode, caches = engine.lower(engine.requests([[0] * work.prompt_tokens] * work.batch, params))
+        terms = model_terms(model, caches)
         first = plan(prefill, target, parts=parts, terms=terms, hlo=hlo and hlo.with_name(f"{hlo.name}.2"))
         after = plan(decode, target, parts=parts | {"cache": bytes_a_device(caches)}, terms=terms, hlo=hlo)
         return _generation_plan(work, model, target, first, after, caches=caches)
@@ -250,6 +288,7 @@ def _generation_plan(
         hbm_peak_bytes=peak,
         weights_bytes=weights,
         cache_bytes=cache,
+        cache_tokens=num_tokens,
         decode_read_bytes=read,
         decode_read_seconds=seconds,
         tokens_per_second=speed,
@@ -257,7 +296,7 @@ def _generation_plan(
         largest_batch=int(growth * num_tokens / work.context) // multiple * multiple,
         largest_context=min(model.cfg.max_seq_len, int(growth * num_tokens / num_rows)),
         host_ram_to_load_bytes=largest_part * min(decode.chips, target.chips_per_host),
-        disk_bytes=jnp.dtype(work.dtype).itemsize * work.cfg.num_params(),
+        disk_bytes=_stored_bytes(work),
         compile_seconds=prefill.compile_seconds + decode.compile_seconds,
         prefill=prefill,
         decode=decode,
@@ -268,9 +307,10 @@ def advice(work: Workload, target: Slice, found: GenerationPlan, *, seconds: flo
     """What to change where generation does not fit: the first of some changes that does, having been compiled."""
     context = found.largest_context // _CONTEXT_STEP * _CONTEXT_STEP
     ways = []
-    if context > _CONTEXT_STEP:
+    if context > _CONTEXT_STEP and not work.is_served:  # a server's cache takes what there is
         new_tokens = min(work.context - work.prompt_tokens, context - 1)
-        shorter = dataclasses.replace(work, context=context, prompt_tokens=context - new_tokens)
+        engine = {**work.engine, "max_seq_len": context}
+        shorter = dataclasses.replace(work, context=context, prompt_tokens=context - new_tokens, engine=engine)
         ways.append((f"--max-seq-len {context}", shorter, target))
     larger = [other for other in all_slices(target.kind) if other.num_chips > target.num_chips]
     ways += [(f"--plan {other}", work, other) for other in larger[:3]]
@@ -305,6 +345,7 @@ def _lines(cfg: LlamaConfig, found: GenerationPlan) -> list[tuple[str, str, str]
         best = f"{1e3 * found.decode_read_seconds:.3g} ms, {found.tokens_per_second:,.0f} tokens/s"
         lines.append(("a token at best", "assumed", f"reads {gib(found.decode_read_bytes)} in {best}"))
     lines += [
+        ("cache", "exact", f"{found.cache_tokens:,} tokens in {gib(found.cache_bytes)} a chip"),
         ("largest batch", "estimated", f"{found.largest_batch:,} x {found.context:,} tokens"),
         ("largest context", "estimated", f"{found.batch:,} x {found.largest_context:,} tokens"),
         ("to load it", "computed", f"{gib(found.host_ram_to_load_bytes)} of host memory"),

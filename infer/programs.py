@@ -73,9 +73,9 @@ class Programs:
         self._embed = jax.jit(partial(steps.embed, tree))
 
     @led
-    def room(self, dtype: Any, *, prefill_chunk: int, held: int) -> int | None:
+    def room(self, dtype: Any, *, prefill_chunk: int, held: int, left: int | None = None) -> int | None:
         """`infer.sizes.bytes_for_pages`, of the process that has least."""
-        sizes = {"num_rows": self.num_rows, "prefill_chunk": prefill_chunk, "held": held}
+        sizes = {"num_rows": self.num_rows, "prefill_chunk": prefill_chunk, "held": held, "left": left}
         rooms = [bytes_for_pages(self.cfg, self.mesh, dtype, **sizes)]
         rooms += [] if self.hosts is None else self.hosts.answers()
         return min((room for room in rooms if room is not None), default=None)
@@ -188,7 +188,7 @@ class Programs:
                 bar(1)
 
     def lower(
-        self, prompts: Prompts, fresh: bool, chunks: Batch, decode: Batch, *, num_pages: int, page_size: int, dtype: Any
+        self, prompts: Prompts, chunks: Batch, fresh: bool, decode: Batch, *, num_pages: int, page_size: int, dtype: Any
     ) -> tuple[jax.stages.Lowered, jax.stages.Lowered, Held]:
         """Prefill and decode, and what they hold, for pools that are not there, on the ambient mesh."""
         held = jax.eval_shape(partial(self._allocate, num_pages, page_size, dtype))

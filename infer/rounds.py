@@ -32,12 +32,15 @@ from infer.sizes import (
     page_size,
     platform,
 )
-from infer.steps import Told
+from infer.steps import Batch, Prompts, Told
 from infer.throughput import EngineStats, Throughput
 from llama_jax.attention import gathers_pages
 from llama_jax.entry import say
 from llama_jax.model import Llama
 from llama_jax.progress import progress
+
+# Prefill and decode, and the abstract pools of every layer.
+Lowered = tuple[jax.stages.Lowered, jax.stages.Lowered, tuple[Any, ...]]
 
 
 class Dispatch(NamedTuple):
@@ -147,16 +150,17 @@ class Rounds:
         rows = bucket(-(-min(len(requests), self.programs.num_rows) // self._num_shards), batches.num_rows)
         return rows * bucket(-(-longest // batches.page_size), batches.pages_a_row)
 
-    def _most_pages(self) -> int:
-        """Pages a shard that all rows could fill and that fit.
+    def _most_pages(self, left: int | None = None) -> int:
+        """Pages a shard that all rows could fill and that fit in the bytes that a device has left beside weights.
 
-        If one row could not, a shorter context is served, which is said. Raises ValueError if not a page fits.
+        left: by default what the devices say. If one row could not, a shorter context is served, which is said.
+        Raises ValueError if not a page fits.
         """
         batches, rules = self._batches, self.programs.rules
         cfg, mesh = self.programs.cfg, self.programs.mesh
         size = page_bytes(cfg, mesh, rules, batches.page_size, self._dtype)
         most = batches.num_rows * batches.pages_a_row
-        room = self.programs.room(self._dtype, prefill_chunk=batches.prefill_chunk, held=self._pages * size)
+        room = self.programs.room(self._dtype, prefill_chunk=batches.prefill_chunk, held=self._pages * size, left=left)
         if room is not None and gathers_pages(mesh):
             # What a dispatch gathers takes no more than a pool might, so that there is room for every bucket.
             self._batches = dataclasses.replace(batches, most_numbers=room // size)
@@ -336,7 +340,7 @@ class Rounds:
         nothing = filled_up([], self._batches.pages_a_row * self._batches.page_size)
         self.programs.remember(nowhere, nothing, nothing)
 
-    def lower(self, requests: Sequence[Request]) -> tuple[jax.stages.Lowered, jax.stages.Lowered, tuple[Any, ...]]:
+    def lower(self, requests: Sequence[Request]) -> Lowered:
         """The last prefill and decode of requests, were they alone, and the abstract pools, on the ambient mesh."""
         pages = self._pages_for(requests)
         scheduler = self._new_scheduler(pages)
@@ -351,15 +355,19 @@ class Rounds:
             row.pages += scheduler.pools[row.shard].take(scheduler.pools[row.shard].num_for(row.limit) - len(row.pages))
         _, prompts, batch = self._batches.prefill(last)
         _, decode = self._batches.decode(scheduler.running)
-        first, after, held = self.programs.lower(
-            prompts,
-            not last[0].start,
-            batch,
-            decode,
-            num_pages=self._num_shards * pages,
-            page_size=self._batches.page_size,
-            dtype=self._dtype,
-        )
+        return self._lower((prompts, batch, not last[0].start), decode, pages)
+
+    def lower_largest(self, left: int) -> Lowered:
+        """The largest prefill and decode that `warmup` compiles but for those of few requests, and the abstract pools.
+
+        left: bytes that a device has beside weights, which decide how many pages there are.
+        """
+        pages = self._most_pages(left)
+        return self._lower(*self._batches.largest(), pages)
+
+    def _lower(self, prefill: tuple[Prompts, Batch, bool], decode: Batch, pages: int) -> Lowered:
+        pool = {"num_pages": self._num_shards * pages, "page_size": self._batches.page_size, "dtype": self._dtype}
+        first, after, held = self.programs.lower(*prefill, decode, **pool)
         return first, after, held.pages
 
     def embed(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -15,9 +15,17 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from infer.entry import CACHE_DTYPES, add_model_options, follow, load_model, open_model, sampling_params
+from infer.entry import (
+    CACHE_DTYPES,
+    add_model_options,
+    add_plan_options,
+    follow,
+    load_model,
+    open_model,
+    sampling_params,
+)
 from llama_jax.devices import open_devices, use_compilation_cache
 from llama_jax.entry import run_entry, say
 from llama_jax.paths import as_path
@@ -50,6 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_limit_options(parser)
     add_engine_options(parser)
     add_model_options(parser)
+    add_plan_options(parser, with_json=True)
     return parser.parse_args(argv)
 
 
@@ -61,6 +70,17 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-gib", type=float, metavar="G", help="of the KV cache; default: what fits")
     group.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of the KV cache; default: the weights'")
     group.add_argument("--no-prefix-cache", action="store_true", help="do not keep pages for prompts that begin alike")
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_engine_options` declares, as the engine takes it."""
+    from infer.sizes import CacheOptions
+
+    num_bytes = None if args.cache_gib is None else int(args.cache_gib * 2**30)
+    chunk = {} if args.prefill_chunk is None else {"prefill_chunk": args.prefill_chunk}
+    dtype = "float8_e4m3fn" if args.cache_dtype == "fp8" else args.cache_dtype
+    cache = CacheOptions(dtype, num_bytes, share_prefixes=not args.no_prefix_cache)
+    return {"max_batch_size": args.max_batch_size, "cache": cache, **chunk}
 
 
 def add_limit_options(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +106,10 @@ def run(args: argparse.Namespace) -> None:
     """Serve until told to stop. Raises ValueError or OSError for what is wrong with the options."""
     if not 0 <= args.port < 65536:
         raise ValueError(f"--port {args.port}: expected 0 to 65535")
+    if args.plan:
+        from infer.plan import print_plan
+
+        return print_plan(args, served=engine_options(args))
     import_api()
     from infer.hosts import Hosts
 
@@ -194,7 +218,6 @@ def make_server(
     from infer.api.server import Server
     from infer.api.worker import Worker
     from infer.engine import Engine
-    from infer.sizes import CacheOptions
     from llama_jax.tokenizer import load_tokenizer
 
     checkpoint = open_model(args)
@@ -206,19 +229,7 @@ def make_server(
     if defaults.temperature == 0:  # OpenAI's default, where the checkpoint advises nothing
         defaults = dataclasses.replace(defaults, temperature=1.0)
     model = load_model(args, checkpoint, hosts)
-    engine = Engine(
-        model,
-        tokenizer,
-        max_seq_len=args.max_seq_len,
-        max_batch_size=args.max_batch_size,
-        cache=CacheOptions(
-            dtype="float8_e4m3fn" if args.cache_dtype == "fp8" else args.cache_dtype,
-            num_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
-            share_prefixes=not args.no_prefix_cache,
-        ),
-        hosts=hosts,
-        **({} if args.prefill_chunk is None else {"prefill_chunk": args.prefill_chunk}),
-    )
+    engine = Engine(model, tokenizer, max_seq_len=args.max_seq_len, hosts=hosts, **engine_options(args))
     names = list(names) or [_name(args.checkpoint)]
     return Server(engine, tokenizer, Worker(engine, max_waiting=max_waiting), limits, defaults, names)
 

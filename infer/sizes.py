@@ -74,21 +74,29 @@ def page_size(max_seq_len: int, rules: ShardingRules, platform: str) -> int:
 
 def page_bytes(cfg: LlamaConfig, mesh: Mesh, rules: ShardingRules, size: int, dtype: DTypeLike) -> int:
     """Bytes a device of a page in each shard."""
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return bytes_a_device(jax.eval_shape(lambda: init_pages(cfg, rules, rules.batch_multiple, size, dtype=dtype)))
 
 
 def bytes_for_pages(
-    cfg: LlamaConfig, mesh: Mesh, dtype: DTypeLike, *, num_rows: int, prefill_chunk: int, held: int
+    cfg: LlamaConfig,
+    mesh: Mesh,
+    dtype: DTypeLike,
+    *,
+    num_rows: int,
+    prefill_chunk: int,
+    held: int,
+    left: int | None = None,
 ) -> int | None:
     """Bytes that a pool may take on each device of this process, of those left and those held by the pool there is.
 
-    What programs need for a while is left to them. None if nobody knows how many there are.
+    left: by default what the devices say. What programs need for a while is left to them. None if nobody knows how
+    many there are.
     """
-    left = bytes_left(mesh.local_devices)
+    left = bytes_left(mesh.local_devices) if left is None else left
     if left is None:
         return None
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         needs = generation_bytes(cfg, dtype, num_rows=num_rows, prompt_tokens=1, num_tokens=1)["temporaries"]
         needs += generation_bytes(cfg, dtype, num_rows=1, prompt_tokens=prefill_chunk, num_tokens=1)["temporaries"]
     return max(0, int(_SHARE.get(platform(mesh), _SHARE_ELSEWHERE) * (left + held)) - needs)

@@ -87,7 +87,7 @@ def plan(
     parts: bytes a chip of the arguments, by name. model_flops: those of all chips together. hlo: where
     the compiled module's text is written, if the compiler does not refuse the program.
     """
-    mesh, capacity, began = get_mesh(), _capacity(target), time.perf_counter()
+    mesh, most, began = get_mesh(), capacity(target), time.perf_counter()
     done: dict[str, Any] = {}
     try:
         compiled = lowered.compile()
@@ -107,8 +107,8 @@ def plan(
         mesh=mesh_text(mesh),
         compiler=mesh.devices.flat[0].platform,
         parts=dict(parts),
-        fits=memory.peak <= capacity,
-        hbm_capacity_bytes=capacity,
+        fits=memory.peak <= most,
+        hbm_capacity_bytes=most,
         hbm_peak_bytes=memory.peak,
         hbm_arguments_bytes=memory.arguments,
         hbm_temporaries_bytes=memory.peak - memory.arguments,
@@ -142,7 +142,8 @@ def check_directory(hlo: Path | None) -> None:
         raise FileNotFoundError(f"--hlo {hlo}: there is no directory {hlo.parent}; make it or name another")
 
 
-def _capacity(target: Slice) -> int:
+def capacity(target: Slice) -> int:
+    """Bytes that a compiler may use of a chip, or a device of the ambient mesh of CPUs, has left."""
     return target.chip.hbm_bytes or bytes_left(get_mesh().devices.flat) or 0
 
 

@@ -17,8 +17,10 @@ import pytest
 import infer.plan
 import llama_jax.plan
 import train.plan
+from infer.batch import main as batch
 from infer.engine import Engine
 from infer.generate import main as generate
+from infer.serve import main as serve
 from llama_jax.mesh import use_mesh
 from llama_jax.plan import _refused, collective_seconds, plan, rows
 from llama_jax.program import Collective, read_program
@@ -94,6 +96,22 @@ def test_a_command_takes_the_program_that_its_plan_has_compiled_from_the_cache(w
     assert steps_in_cache("--run-dir", "runs/tiny") == planned
 
 
+@pytest.mark.slow
+def test_generation_takes_the_programs_that_its_plan_has_compiled_from_the_cache(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "XDG_CACHE_HOME": str(tmp_path)}
+
+    def in_cache(*options: str) -> set[str]:
+        command = [sys.executable, "-m", "infer.generate", "--prompt-tokens", ",".join(["1"] * 120)]
+        command += ["--max-new-tokens", "8", "--max-seq-len", "128", "--mesh", "data=4,tensor=2", *options]
+        subprocess.run(command, capture_output=True, env=environment, cwd=Path(__file__).parents[1], check=True)
+        return {file.name for name in ("prefill", "decode") for file in tmp_path.rglob(f"*{name}*-cache")}
+
+    planned = in_cache("--plan", "cpu:8")
+    assert len(planned) == 2
+    assert in_cache() == planned
+
+
 def test_arguments_are_weights_twice_as_much_for_adam_with_its_counters_and_the_batch(planned):
     found, _ = planned
     counters = found.parts["optimizer"] - 2 * found.parts["weights"]
@@ -137,7 +155,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused_with_the_ways_out():
 def test_what_does_not_fit_is_said_with_what_takes_the_space_and_a_change_that_was_compiled(planned, monkeypatch):
     found, _ = planned
     capacity = found.hbm_peak_bytes - 1
-    monkeypatch.setattr(llama_jax.plan, "_capacity", lambda target: capacity)
+    monkeypatch.setattr(llama_jax.plan, "capacity", lambda target: capacity)
     config = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, remat="none"))
     ((crowded, report),) = train.plan.plan_stage(config, "1", CPU8)
     assert not crowded.fits
@@ -228,17 +246,40 @@ def test_generation_plans_the_engines_own_programs(monkeypatch):
     assert found.largest_context == TINY.max_seq_len
     with use_mesh("tensor=2"):
         model = jax.jit(lambda: infer.plan.Llama(TINY, rngs=infer.plan.nnx.Rngs(0), layout="layers"))()
-        engine = Engine(model, max_seq_len=32, steps_per_dispatch=1)
+        engine = Engine(model, max_seq_len=32)
         engine.generate([[1] * 24] * 2, infer.plan.SamplingParams(max_new_tokens=8))
     run = [compiled.memory_analysis().temp_size_in_bytes for compiled in engine._compiled.values()]
     assert run == [program.compile().memory_analysis().temp_size_in_bytes for program in lowered]
 
 
-def test_a_preset_is_planned_without_its_weights(capsys, monkeypatch):
+def test_a_server_is_planned_with_its_largest_batch_and_pool(monkeypatch):
+    lowered = []
+    monkeypatch.setattr(infer.plan, "plan", lambda *args, **known: lowered.append(args[0]) or plan(*args, **known))
+    options = {"max_batch_size": 4, "prefill_chunk": 16}
+    work = infer.plan.Workload(TINY, "float32", 4, 31, 32, options, is_served=True)
+    found = infer.plan.plan_generation(work, CPU8, "tensor=2")
+    assert (found.batch, found.context, found.cache_tokens) == (4, 32, 4 * 32)
+    with use_mesh("tensor=2"):
+        model = jax.jit(lambda: infer.plan.Llama(TINY, rngs=infer.plan.nnx.Rngs(0), layout="layers"))()
+        rounds = Engine(model, max_seq_len=32, **options)._rounds  # pyright: ignore[reportArgumentType]
+        rounds.open()
+        programs, batches = rounds.programs, rounds._batches
+        decode = [programs._lower(programs._decode_call(b, 1)) for b in batches.every_decode() if b.allowed is None]
+    assert lowered[1].as_text() == decode[-1].as_text()
+
+
+SERVED = ["--max-batch-size", "4"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "options"),
+    [(generate, ["--max-new-tokens", "8"]), (serve, SERVED), (batch, ["in.jsonl", "out.jsonl", *SERVED])],
+)
+def test_a_preset_is_planned_without_its_weights(entry, options, capsys, monkeypatch):
     monkeypatch.setitem(infer.plan.PRESETS, "tiny", TINY)
-    argv = ["--checkpoint", "tiny", "--plan", "cpu:2", "--max-seq-len", "32", "--max-new-tokens", "8", "--json"]
-    generate(argv)
+    entry(["--checkpoint", "tiny", "--plan", "cpu:2", "--max-seq-len", "32", "--mesh", "tensor=2", "--json", *options])
     found = json.loads(capsys.readouterr().out)
+    assert set(found["sources"]) <= set(found)
     assert (found["context"], found["dtype"], found["decode"]["mesh"]) == (32, "float32", "tensor=2")
     assert set(KEYS) <= set(found)
     assert found["matmul_flops_per_chip"] == found["decode"]["matmul_flops_per_chip"]
@@ -247,8 +288,9 @@ def test_a_preset_is_planned_without_its_weights(capsys, monkeypatch):
 
 def test_weights_that_no_mesh_can_hold_are_refused_with_the_smallest_slice_that_would():
     argv = ["--checkpoint", "llama3.1-70b", "--plan", "v5e:2x2"]
-    with pytest.raises(ValueError, match="the smallest slice that holds them is v5e:4x4"):
-        generate(argv)
+    for entry, options in ((generate, ["--mesh", "tensor=4"]), (serve, [])):
+        with pytest.raises(ValueError, match="the smallest slice that holds them is v5e:4x4"):
+            entry([*argv, *options])
 
 
 def test_a_gpu_is_planned_on_cpu_devices_and_says_so(planned):
