@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from llama_jax.devices import describe_run, model_name
 from llama_jax.entry import parse_settings, say
+from llama_jax.schemes import SCHEMES, find_scheme
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -71,6 +72,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--mesh", metavar="M", help='e.g. "data=2,tensor=4"; default: the largest legal tensor')
     group.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's, and float32 on a CPU")
+    group.add_argument("--quantize", choices=tuple(SCHEMES), metavar="Q", help=f"keep weights in {', '.join(SCHEMES)}")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of context; default: the model's")
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config field, e.g. rope.factor=32"
@@ -142,7 +144,7 @@ def check_weights(args: argparse.Namespace, cfg: "LlamaConfig") -> None:
     with _mesh_asked_for(args, cfg) as mesh:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         dtype = jnp.dtype(args.dtype or ("float32" if on_cpu else "bfloat16"))
-        _check_memory(cfg, mesh, dtype, num_tokens=1)
+        _check_memory(cfg, mesh, dtype, args.quantize, num_tokens=1)
 
 
 def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", hosts: "Hosts", num_tokens: int = 1) -> "Llama":
@@ -156,10 +158,11 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", hosts: "Hosts
     hosts.tell("load")
     with _mesh_asked_for(args, checkpoint.cfg) as mesh:
         dtype = weights_dtype(checkpoint, args.dtype)
-        say(describe_run(checkpoint.cfg, mesh, dtype, args.checkpoint or "the demo"))
+        kept = f"{dtype}, weights in {args.quantize}" if args.quantize else dtype
+        say(describe_run(checkpoint.cfg, mesh, kept, args.checkpoint or "the demo"))
         limit = args.max_seq_len or checkpoint.cfg.max_seq_len
-        _check_memory(checkpoint.cfg, mesh, dtype, min(limit, num_tokens))
-        return load_opened(checkpoint, dtype=dtype, layout="layers")
+        _check_memory(checkpoint.cfg, mesh, dtype, args.quantize, num_tokens=min(limit, num_tokens))
+        return load_opened(checkpoint, dtype=dtype, layout="layers", quantize=args.quantize)
 
 
 def follow(args: argparse.Namespace, hosts: "Hosts") -> None:
@@ -187,13 +190,14 @@ def _mesh_asked_for(args: argparse.Namespace, cfg: "LlamaConfig") -> "AbstractCo
     return use_mesh(args.mesh or inference_mesh_spec(cfg, jax.device_count(), jax.local_device_count()))
 
 
-def _check_memory(cfg: "LlamaConfig", mesh: "Mesh", dtype: "np.dtype", num_tokens: int) -> None:
+def _check_memory(cfg: "LlamaConfig", mesh: "Mesh", dtype: "np.dtype", quantize: str | None, num_tokens: int) -> None:
     from llama_jax.memory import check_fit, check_host, generation_bytes, weight_bytes
 
-    needs = {"weights": weight_bytes(cfg, dtype)}
+    needs = {"weights": weight_bytes(cfg, dtype, find_scheme(quantize) if quantize else None)}
     needs |= generation_bytes(cfg, dtype, num_rows=1, prompt_tokens=1, num_tokens=num_tokens)
     ways = "a smaller model, more devices (along tensor in --mesh)"
     ways += ", --dtype bfloat16" if dtype.itemsize > 2 else ""
+    ways += "" if quantize else ", --quantize int8"
     devices = list(mesh.devices.flat)
     check_fit(model_name(cfg), needs, devices, ways=f"{ways} or a shorter --max-seq-len")
     if devices[0].platform != "cpu":

@@ -157,6 +157,8 @@ def _workload(args: argparse.Namespace, target: Slice, served: Mapping[str, Any]
 
 def _model(args: argparse.Namespace, target: Slice) -> tuple[LlamaConfig, DTypeLike]:
     """The architecture and the dtype that the run would choose."""
+    if args.quantize is not None:
+        raise ValueError("--plan with --quantize is not built yet; plan without it")
     if args.checkpoint in PRESETS:
         cfg, stored = PRESETS[args.checkpoint], "bfloat16"
         for key, value in parse_settings(args.set).items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, get_abstract_mesh
@@ -23,7 +24,9 @@ from llama_jax.attention import LONGEST_IN_BLOCKS
 from llama_jax.cache import init_cache
 from llama_jax.config import LlamaConfig
 from llama_jax.mesh import ShardingRules, sharding_rules
-from llama_jax.model import Llama
+from llama_jax.model import Layout, Llama
+from llama_jax.rounding import quantize_model
+from llama_jax.schemes import Scheme
 
 # A jax.Device; jax's own name for it is no type to a type checker.
 Device = Any
@@ -43,9 +46,21 @@ _HBM = {
 }
 
 
-def weight_bytes(cfg: LlamaConfig, dtype: DTypeLike) -> int:
-    """Bytes a device of the weights on the ambient mesh."""
-    return bytes_a_device(_abstract_model(cfg), dtype)
+def weight_bytes(cfg: LlamaConfig, dtype: DTypeLike, scheme: Scheme | None = None) -> int:
+    """Bytes a device of the weights on the ambient mesh, quantized by a scheme or all in a dtype."""
+    return bytes_a_device(abstract_model(cfg, dtype, scheme, "layers" if scheme else "stacked"))
+
+
+def abstract_model(
+    cfg: LlamaConfig, dtype: DTypeLike, scheme: Scheme | None = None, layout: Layout = "stacked"
+) -> Llama:
+    """Shapes, dtypes and shardings of a model's weights on the ambient mesh."""
+
+    def born() -> Llama:
+        model = Llama(cfg, rngs=nnx.Rngs(0), layout=layout)
+        return quantize_model(jax.tree.map(lambda w: w.astype(dtype), model), scheme, cfg.num_layers)
+
+    return jax.eval_shape(born)
 
 
 def generation_bytes(
@@ -135,7 +150,7 @@ def check_program(what: str, compiled: Any, devices: Iterable[Device], *, ways: 
 
 def check_host(cfg: LlamaConfig, dtype: DTypeLike) -> None:
     """Raise ValueError if the host cannot hold the largest part of a weight on its way to a device."""
-    part, left = max(_part_bytes(_abstract_model(cfg, "layers"), dtype)), host_bytes_left()
+    part, left = max(_part_bytes(abstract_model(cfg, dtype, layout="layers"), dtype)), host_bytes_left()
     if left is not None and part > left:
         raise ValueError(
             f"reading a weight needs {_gigabytes(part)} GB of host memory, but {_gigabytes(left)} GB are left; "
@@ -168,13 +183,14 @@ def host_bytes_left(root: Path = Path("/")) -> int | None:
     return min([*_available(root), *_cgroup_bytes_left(root)], default=None)
 
 
-def _abstract_model(cfg: LlamaConfig, layout: Any = "stacked") -> Llama:
-    return jax.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), layout=layout))
-
-
 def _part_bytes(tree: Any, dtype: DTypeLike | None) -> Iterator[int]:
     for leaf in jax.tree.leaves(tree):
-        yield math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(dtype or leaf.dtype).itemsize
+        yield math.prod(leaf.sharding.shard_shape(leaf.shape)) * _bits(dtype or leaf.dtype) // 8
+
+
+def _bits(dtype: DTypeLike) -> int:
+    """Of a value in memory; numpy counts a byte for four bits."""
+    return 4 if jnp.dtype(dtype) == jnp.int4 else 8 * np.dtype(dtype).itemsize
 
 
 def _num_held(rules: ShardingRules, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> int:

@@ -23,18 +23,7 @@ from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
 
 from llama_jax.kernels import narrow
-
-
-class Quantization(NamedTuple):
-    """What the arrays of a quantized weight do not say.
-
-    code: None (linear) or "nf4". inputs: None (activations as they are), "int8" or "float8_e4m3fn" (each token's
-    rounded, scaled by its largest value, which is taken as at most bound).
-    """
-
-    code: str | None = None
-    inputs: str | None = None
-    bound: float = math.inf
+from llama_jax.schemes import Quantization
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +128,7 @@ class _Product(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how: _Product, x: Array, weight: QuantizedArray) -> Array:
-    return _multiply(how, x, weight, weight.rest.inputs)
+    return _multiply(how, x, weight, forward=True)
 
 
 def _product_forward(how: _Product, x: Array, weight: QuantizedArray) -> tuple[Array, QuantizedArray]:
@@ -153,7 +142,7 @@ def _product_backward(how: _Product, weight: QuantizedArray, gradient: Array) ->
     x = jax.ShapeDtypeStruct(
         [sizes[letter] for letter in how.letters[0]], how.dtype, sharding=jax.NamedSharding(mesh, how.x_spec)
     )
-    (of_x,) = jax.linear_transpose(lambda x: _multiply(how, x, weight, None), x)(gradient)
+    (of_x,) = jax.linear_transpose(lambda x: _multiply(how, x, weight, forward=False), x)(gradient)
 
     def none(array: Array) -> Any:
         if jnp.issubdtype(array.dtype, jnp.integer):
@@ -166,22 +155,27 @@ def _product_backward(how: _Product, weight: QuantizedArray, gradient: Array) ->
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _multiply(how: _Product, x: Array, weight: QuantizedArray, rounded: str | None) -> Array:
-    """The product on every device of what it holds, summed over those that split the inputs."""
+def _multiply(how: _Product, x: Array, weight: QuantizedArray, *, forward: bool) -> Array:
+    """The product on every device of what it holds, summed over those that split the inputs.
+
+    forward: with activations rounded as the weight or the device wants it; else linear in x.
+    """
     num_inputs = len(how.inputs)
     if weight.order is not None:
         x = _in_order(x, weight.order, num_inputs, how.x_spec)
     scale = None
-    if rounded is not None:
-        x, scale = narrow.round_inputs(x, num_inputs, rounded, weight.rest.bound)
+    if forward and weight.rest.inputs is not None:
+        x, scale = narrow.round_inputs(x, num_inputs, weight.rest.inputs, weight.rest.bound)
     weight_specs = how.weight_specs(weight)
     weight = jax.tree.map(
         reshard, QuantizedArray(weight.values, weight.scales, weight.zeros, None, weight.rest), weight_specs
     )
     split_inputs = tuple(jax.tree.leaves([how.axes[letter] for letter in how.inputs]))
 
+    digits = forward and jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
+
     def local(x: Array, scale: Array | None, weight: QuantizedArray) -> Array:
-        out = narrow.product(how.subscripts, x, weight.plain())
+        out = narrow.product(how.subscripts, x, weight.plain(), digits=digits)
         if scale is not None:
             out = out * scale.reshape(*scale.shape, *(1,) * (out.ndim - scale.ndim))
         out = out.astype(how.out_dtype)

@@ -1,19 +1,36 @@
-"""How weights are rounded to few bits: the schemes by name, and one weight rounded to nearest.
+"""How weights can be quantized: the schemes by name. Nothing here imports jax, so that commands can name them at once.
 
 Sources: QLoRA (arXiv 2305.14314) for NF4 and scales that are quantized themselves; The Llama 3 Herd of Models section
-6.2 for FP8. The invariant: a value is off by half a step of its group at most, which is its scale, or for FP8 and NF4
-the gap between two of their values times the scale.
+6.2 for FP8.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import jax.numpy as jnp
-from jax import Array
 
-from llama_jax.kernels.narrow import NF4, in_blocks, limits, out_of_blocks, rounded
-from llama_jax.quantize import Quantization, QuantizedArray
+class Quantization(NamedTuple):
+    """What the arrays of a quantized weight do not say.
+
+    code: None (linear) or "nf4". inputs: None (activations as they are), "int8" or "float8_e4m3fn" (each token's
+    rounded, scaled by its largest value, which is taken as at most bound).
+    """
+
+    code: str | None = None
+    inputs: str | None = None
+    bound: float = math.inf
+
+
+# The weights of products, each with its dimensions that are inputs. The embedding, the head and the norms stay float.
+INPUT_DIMS = {
+    "wq": (-1,),
+    "wk": (-1,),
+    "wv": (-1,),
+    "wo": (-4, -3, -2),
+    "w_gate": (-2,),
+    "w_up": (-2,),
+    "w_down": (-2,),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,19 @@ class Scheme:
     nested: bool = False
     inner_mlp_only: bool = False
     rest: Quantization = Quantization()
+
+    def covers(self, path: str, num_layers: int) -> bool:
+        """Whether the weight at a path in the model is quantized: "layers.3.attention.wq"; of all layers.
+
+        Raises ValueError for stacked layers that are not all quantized alike.
+        """
+        name = path.removesuffix(".value").rpartition(".")[2]
+        if name not in INPUT_DIMS or not self.inner_mlp_only:
+            return name in INPUT_DIMS
+        layer = path.split(".")[1]
+        if not layer.isdigit():
+            raise ValueError('fp8 leaves the first and the last layer as they are: use layout="layers"')
+        return name.startswith("w_") and 0 < int(layer) < num_layers - 1
 
 
 _FP8 = Quantization(inputs="float8_e4m3fn", bound=1200.0)
@@ -53,63 +83,3 @@ def find_scheme(name: str) -> Scheme:
     if name not in SCHEMES:
         raise ValueError(f"unknown quantization {name!r}; expected one of {', '.join(SCHEMES)}")
     return SCHEMES[name]
-
-
-def quantized(weight: Array, scheme: Scheme, input_dims: Sequence[int]) -> QuantizedArray:
-    """A weight rounded to nearest by a scheme. Raises ValueError for a shape that its groups do not divide."""
-    blocks = in_blocks(weight.astype(jnp.float32), num_blocks(weight.shape, scheme.group, input_dims))
-    within = tuple(range(1, blocks.ndim, 2))
-    if scheme.rest.code == "nf4":
-        scales = jnp.max(jnp.abs(blocks), within)
-        if scheme.nested:
-            scales = quantized(scales, Scheme("int8", symmetric=False), input_dims)
-        values = blocks / _steps(scales.dequantize() if isinstance(scales, QuantizedArray) else scales, within)
-        edges = jnp.asarray((NF4[1:] + NF4[:-1]) / 2)
-        values = jnp.searchsorted(edges, values, method="compare_all") - 8
-        return QuantizedArray(out_of_blocks(values, weight).astype(jnp.int4), scales, rest=scheme.rest)
-    low, high = limits(scheme.dtype)
-    if scheme.symmetric:
-        span = 2 * jnp.max(jnp.abs(blocks), within)
-    else:
-        span = jnp.max(blocks, within, initial=0) - jnp.min(blocks, within, initial=0)
-    # What is rounded are quotients by the scale as it is stored.
-    scales = (span / (high - low)).astype(jnp.bfloat16 if scheme.group else jnp.float32)
-    values, zeros = blocks / _steps(scales, within), None
-    if not scheme.symmetric:
-        zeros = jnp.clip(jnp.round(low - jnp.min(values, within, initial=0)), low, high)
-        values = values + jnp.expand_dims(zeros, within)
-        zeros = zeros.astype(jnp.int8)
-    values = rounded(jnp.clip(values, low, high), scheme.dtype)
-    return QuantizedArray(out_of_blocks(values, weight), scales, zeros, rest=scheme.rest)
-
-
-def _steps(scales: Array, within: tuple[int, ...]) -> Array:
-    """Scales in float32 over the values of their blocks, 1 for groups of zeros."""
-    scales = scales.astype(jnp.float32)
-    return jnp.expand_dims(jnp.where(scales > 0, scales, 1.0), within)
-
-
-def num_blocks(shape: Sequence[int], group: int, input_dims: Sequence[int]) -> list[int]:
-    """How many groups of inputs lie along each dimension: 1 for group 0; each output is its own.
-
-    The inputs of a weight with several input dimensions are those flattened. Raises ValueError for a shape that
-    groups do not divide.
-    """
-    counts = _num_blocks(shape, group, input_dims)
-    if counts is None:
-        works = [f"groups of {size}" for size in (128, 64, 32) if _num_blocks(shape, size, input_dims)]
-        raise ValueError(
-            f"groups of {group} inputs do not divide a weight of shape {tuple(shape)} with its inputs in dimensions "
-            f"{tuple(input_dims)}; use {' or '.join(works) or 'int8'}"
-        )
-    return counts
-
-
-def _num_blocks(shape: Sequence[int], group: int, input_dims: Sequence[int]) -> list[int] | None:
-    counts, left = list(shape), group or math.prod(shape[dim] for dim in input_dims)
-    for dim in reversed(input_dims):
-        shared = math.gcd(left, shape[dim])
-        if shared not in (left, shape[dim]):
-            return None
-        counts[dim], left = shape[dim] // shared, left // shared
-    return counts if left == 1 else None

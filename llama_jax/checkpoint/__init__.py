@@ -15,6 +15,7 @@ from llama_jax.memory import check_fit, weight_bytes
 from llama_jax.mesh import inference_mesh_spec, make_mesh
 from llama_jax.model import Layout, Llama
 from llama_jax.paths import as_path, staged_directory
+from llama_jax.schemes import find_scheme
 
 
 def load(
@@ -22,30 +23,39 @@ def load(
     *,
     dtype: DTypeLike | None = None,
     layout: Layout = "stacked",
+    quantize: str | None = None,
     overrides: dict[str, Any] | None = None,
     allow_unknown_config: bool = False,
 ) -> Llama:
     """A model from a directory, run directory or hub id, split over the ambient mesh.
 
     Each process reads only the slices that its devices hold. dtype defaults to the checkpoint's on
-    TPU and GPU and to float32 on CPU. Outside any mesh the largest legal `tensor` among a process's
+    TPU and GPU and to float32 on CPU. quantize ("int8", "int4", "fp8", "nf4" or another of llama_jax.schemes)
+    rounds the weights of its products as they come. Outside any mesh the largest legal `tensor` among a process's
     devices, the rest `data`, becomes the global mesh. Raises ValueError or FileNotFoundError with
     what is wrong, before a weight is read also if the devices cannot hold them.
     """
     checkpoint = open_checkpoint(path, overrides=overrides, allow_unknown_config=allow_unknown_config)
-    return load_opened(checkpoint, dtype=dtype, layout=layout)
+    return load_opened(checkpoint, dtype=dtype, layout=layout, quantize=quantize)
 
 
-def load_opened(checkpoint: Checkpoint, *, dtype: DTypeLike | None = None, layout: Layout = "stacked") -> Llama:
+def load_opened(
+    checkpoint: Checkpoint,
+    *,
+    dtype: DTypeLike | None = None,
+    layout: Layout = "stacked",
+    quantize: str | None = None,
+) -> Llama:
     """`load` of a checkpoint that is already open."""
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r}; expected one of {', '.join(get_args(Layout))}")
+    scheme = None if quantize is None else find_scheme(quantize)
     if jax.sharding.get_abstract_mesh().empty:
         jax.set_mesh(make_mesh(inference_mesh_spec(checkpoint.cfg, jax.device_count(), jax.local_device_count())))
     dtype, devices = weights_dtype(checkpoint, dtype), jax.sharding.get_mesh().devices.flat
-    ways = "a smaller model, a mesh of more devices or dtype='bfloat16'"
-    check_fit("the model", {"weights": weight_bytes(checkpoint.cfg, dtype)}, devices, ways=ways)
-    return read_model(checkpoint.cfg, checkpoint.source, dtype=dtype, layout=layout)
+    ways = "a smaller model, a mesh of more devices, dtype='bfloat16' or quantize='int8'"
+    check_fit("the model", {"weights": weight_bytes(checkpoint.cfg, dtype, scheme)}, devices, ways=ways)
+    return read_model(checkpoint.cfg, checkpoint.source, dtype=dtype, layout=layout, scheme=scheme)
 
 
 def weights_dtype(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> np.dtype:

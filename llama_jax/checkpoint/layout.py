@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Layout, Llama
 from llama_jax.progress import progress
+from llama_jax.quantize import QuantizedArray
+from llama_jax.rounding import quantize_weight
+from llama_jax.schemes import Scheme
 
 # Buffers that old exporters wrote beside the weights; they follow from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -56,16 +60,20 @@ def check_tensors(cfg: LlamaConfig, source: Source, file_of: Callable[[str], Pat
             raise ValueError(f"{file_of(name)}: tensor {name} is not part of a Llama of this config")
 
 
-def read_model(cfg: LlamaConfig, source: Source, *, dtype: DTypeLike, layout: Layout = "stacked") -> Llama:
-    """A model on the ambient mesh, filled from a source whose tensors have been checked.
+def read_model(
+    cfg: LlamaConfig, source: Source, *, dtype: DTypeLike, layout: Layout = "stacked", scheme: Scheme | None = None
+) -> Llama:
+    """A model on the ambient mesh, filled from a source whose tensors have been checked, quantized by a scheme.
 
     Threads read, cast and transpose blocks of several leaves at once, while finished leaves go to
     the devices in order. The host holds 1 GiB of parts, or one leaf's if those are larger; where
-    processes exchange what they have read, a device holds its part of one leaf twice meanwhile.
+    processes exchange what they have read, a device holds its part of one leaf twice meanwhile. What is to be
+    quantized is a leaf a layer, which is float on the devices only until it is.
     """
     abstract = jax.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), layout=layout))
     found, tree = jax.tree.flatten_with_path(abstract)
-    leaves = [_Leaf(cfg, path, leaf, np.dtype(dtype)) for path, leaf in found]
+    groups = [_leaves(cfg, path, leaf, np.dtype(dtype), scheme) for path, leaf in found]
+    leaves = [leaf for group in groups for leaf in group]
     total = sum(leaf.num_stored_bytes(source) for leaf in leaves)
     arrays, started = [], deque[tuple[_Leaf, list[np.ndarray], list[Future[int]]]]()
 
@@ -86,18 +94,45 @@ def read_model(cfg: LlamaConfig, source: Source, *, dtype: DTypeLike, layout: La
                 finish_first()
     finally:
         pool.shutdown(cancel_futures=True)
-    return jax.tree.unflatten(tree, arrays)
+    weights = iter(arrays)
+    return jax.tree.unflatten(tree, [_together([next(weights) for _ in group]) for group in groups])
+
+
+def _leaves(
+    cfg: LlamaConfig, path: Any, abstract: jax.ShapeDtypeStruct, dtype: np.dtype, scheme: Scheme | None
+) -> "list[_Leaf]":
+    """What is read to fill a leaf of the model: it, or where it stacks what is to be quantized each layer's part."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    if scheme is None or not scheme.covers(name, cfg.num_layers):
+        return [_Leaf(cfg, name, abstract, dtype)]
+    if not stored_weights(name, cfg.num_layers)[1]:
+        return [_Leaf(cfg, name, abstract, dtype, scheme)]
+    assert abstract.sharding is not None
+    sharding = NamedSharding(get_mesh(), PartitionSpec(*abstract.sharding.spec[1:]))
+    one = jax.ShapeDtypeStruct(abstract.shape[1:], abstract.dtype, sharding=sharding)
+    names = [name.replace("layers.", f"layers.{layer}.", 1) for layer in range(cfg.num_layers)]
+    return [_Leaf(cfg, layer, one, dtype, scheme) for layer in names]
+
+
+@jax.jit
+def _stacked(layers: list[Any]) -> Any:
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+
+
+def _together(layers: list[Any]) -> Any:
+    return layers[0] if len(layers) == 1 else _stacked(layers)
 
 
 class _Leaf:
-    """An array of the model on its way from the files to the devices of this process."""
+    """An array of the model on its way from the files to the devices of this process, where a scheme quantizes it."""
 
-    def __init__(self, cfg: LlamaConfig, path, abstract: jax.ShapeDtypeStruct, dtype: np.dtype):
-        self._weights, self._stacked = stored_weights(
-            jax.tree_util.keystr(path, simple=True, separator="."), cfg.num_layers
-        )
+    def __init__(
+        self, cfg: LlamaConfig, name: str, abstract: jax.ShapeDtypeStruct, dtype: np.dtype, scheme: Scheme | None = None
+    ):
+        self._weights, self._stacked = stored_weights(name, cfg.num_layers)
         assert abstract.sharding is not None
         self._shape, self._spec, self._dtype = abstract.shape, abstract.sharding.spec, dtype
+        self._name, self._scheme = name, scheme
         mesh = get_mesh()
         spec = reading_spec(self._shape, self._spec, self._weights[0], self._stacked, mesh)
         self._reading = NamedSharding(mesh, spec)
@@ -130,8 +165,8 @@ class _Leaf:
                 ]
         return parts, blocks
 
-    def to_devices(self, parts: list[np.ndarray]) -> Array:
-        """The array once its parts are filled; every process must ask for the same one."""
+    def to_devices(self, parts: list[np.ndarray]) -> Any:
+        """The weight once its parts are filled; every process must ask for the same one."""
         arrays = [
             jax.device_put(part, device)
             for part, devices in zip(parts, self._holders.values(), strict=True)
@@ -141,7 +176,8 @@ class _Leaf:
         target = NamedSharding(self._reading.mesh, self._spec)
         if not self._reading.is_equivalent_to(target, len(self._shape)):
             array = reshard(array, target)
-        return jax.block_until_ready(array)
+        weight = array if self._scheme is None else quantize_weight(array, self._name, self._scheme)
+        return jax.block_until_ready(weight)
 
 
 def reading_spec(
@@ -226,7 +262,12 @@ class ModelSource:
         """Reads through to the model; nothing is copied until a tensor is asked for."""
         self._vocab_size = model.cfg.vocab_size
         self._weights: dict[str, tuple[Array, int | None, StoredWeight]] = {}
-        for path, leaf in jax.tree.leaves_with_path(model):
+        for path, leaf in jax.tree.leaves_with_path(model, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray)):
+            if isinstance(leaf, QuantizedArray):
+                raise ValueError(
+                    "a model that was quantized when it was loaded is not written; "
+                    "quantize the files: python -m llama_jax.convert SRC DST --quantize ..."
+                )
             weights, stacked = stored_weights(
                 jax.tree_util.keystr(path, simple=True, separator="."), model.cfg.num_layers
             )
