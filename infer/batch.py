@@ -16,6 +16,7 @@ from infer.entry import add_model_options, add_plan_options, follow
 from infer.results import ResultFile, json_lines
 from infer.serve import add_engine_options, engine_options, import_api, make_server
 from infer.synthesis import Synthesis, add_synthesis_options
+from infer.throughput import guesses_text
 from llama_jax.devices import open_devices, use_compilation_cache
 from llama_jax.entry import run_entry, say
 from llama_jax.paths import is_remote
@@ -78,6 +79,8 @@ def answer_all(args: argparse.Namespace, hosts: "Hosts") -> None:
         return
     server = make_server(args, Limits(max_choices=1024, timeout_seconds=0), hosts)
     failed = asyncio.run(_run_all(server, left, output, synthesis))
+    if guesses := guesses_text(server.engine.stats()):
+        say(guesses)
     if failed:
         say(f"{failed} of them are answered by an error: see status_code in {args.output}")
 

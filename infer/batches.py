@@ -38,7 +38,8 @@ class Batches:
 
     A decode dispatch has at least least_rows rows a shard. row_base and table_base: how much coarser the next bucket of
     rows and pages is (infer/sizes.py); those of the few requests that need all of sampling are coarser. The table of a
-    shard's dispatch has at most most_numbers numbers of pages, or those of one row.
+    shard's dispatch has at most most_numbers numbers of pages, or those of one row. num_draft_tokens: those that are
+    guessed in a step, 0 without speculation.
     """
 
     num_shards: int
@@ -52,6 +53,7 @@ class Batches:
     row_base: int = ROW_BASE_ELSEWHERE
     table_base: int = TABLE_BASE_ELSEWHERE
     most_numbers: int = MOST_NUMBERS
+    num_draft_tokens: int = 0
 
     def off(self, rows: int, width: int, *, full: bool) -> Batch:
         """Rows a shard that do nothing."""
@@ -59,6 +61,10 @@ class Batches:
         words = -(-self.vocab_size // 32)
         allowed = np.full((num, words), 2**32 - 1, np.uint32) if full else None
         return Batch(np.full((num, width), -1, np.int32), np.full(num, self.num_rows, np.int32), allowed)
+
+    def _off_decode(self, rows: int, width: int, *, full: bool) -> Batch:
+        guesses = np.zeros(self.num_shards * rows, np.int32) if self.num_draft_tokens else None
+        return self.off(rows, width, full=full)._replace(most_guesses=guesses)
 
     def off_prompts(self, rows: int, length: int, params: Sequence[SamplingParams] = (), *, told: bool) -> Prompts:
         """Chunks without tokens. params are those of the first rows."""
@@ -111,10 +117,13 @@ class Batches:
     def decode(self, sequences: Sequence[Row]) -> tuple[list[int], Batch]:
         """The place of each sequence in the batch, and the batch."""
         rows, width, full = self._decode_shape(sequences)
-        batch = self.off(rows, width, full=full)
+        batch = self._off_decode(rows, width, full=full)
         places = self._places(sequences, rows)
         self._enter(batch, places, sequences)
         batch.rows[places] = [s.row for s in sequences]
+        if batch.most_guesses is not None:
+            # What may come in a constrained text is known for its next token alone.
+            batch.most_guesses[places] = [self.num_draft_tokens * (s.request.constraint is None) for s in sequences]
         return places, batch
 
     def prefill(self, chunks: Sequence[Chunk]) -> tuple[list[int], Prompts, Batch]:
@@ -195,7 +204,7 @@ class Batches:
         for full in (False, True):
             for rows in sorted({self._decode_rows(count, full=full) for count in range(1, self.num_rows + 1)}):
                 widths = [width for width in self._widths(full=full) if self._fits(rows, width)]
-                yield from (self.off(rows, width, full=full) for width in widths)
+                yield from (self._off_decode(rows, width, full=full) for width in widths)
 
     def largest(self) -> tuple[tuple[Prompts, Batch, bool], Batch]:
         """The chunks of the most tokens and pages, and the largest batch of decoding, of plain sampling."""

@@ -17,6 +17,7 @@ from infer.request import Request, Result
 from infer.rounds import Lowered, Rounds
 from infer.sampling import SamplingParams, best_first, token_mask
 from infer.sizes import CacheOptions
+from infer.speculation import DraftModel, Ngrams, check_draft
 from infer.throughput import EngineStats, Throughput
 from llama_jax.chat import encode_chat
 from llama_jax.model import Llama
@@ -36,22 +37,21 @@ class Engine:
         max_seq_len: int | None = None,
         max_batch_size: int = 64,
         steps_per_dispatch: int = 8,
-        prefill_chunk: int = 512,
         cache: CacheOptions | None = None,
         hosts: Hosts | None = None,
+        speculation: DraftModel | Ngrams | None = None,
     ):
         """Serve a model; layout "layers" decodes fastest.
 
         max_seq_len bounds prompt plus new tokens, by default and at most the model's, and by what the cache
-        holds. prefill_chunk: tokens of prompts in a dispatch of a shard. hosts: in the first of several processes,
-        which alone has an engine. Raises ValueError for a number out of range and if the tokenizer has more tokens
-        than the model.
+        holds. speculation: what guesses tokens ahead. hosts: in the first of several processes, which alone has an
+        engine. Raises ValueError for a number out of range and if the tokenizer has more tokens than the model.
         """
         cfg, limit = model.cfg, model.cfg.max_seq_len
         if max_seq_len is not None and not 1 <= max_seq_len <= limit:
             raise ValueError(f"max_seq_len={max_seq_len} must be between 1 and the model's {limit}")
-        if max_batch_size < 1 or steps_per_dispatch < 1 or prefill_chunk < 1:
-            raise ValueError(f"{max_batch_size=}, {steps_per_dispatch=} and {prefill_chunk=} must be at least 1")
+        if max_batch_size < 1 or steps_per_dispatch < 1:
+            raise ValueError(f"{max_batch_size=} and {steps_per_dispatch=} must be at least 1")
         if jax.process_count() > 1 and (hosts is None or not hosts.leads):
             raise ValueError(
                 "of several processes the first has the engine and its hosts; call infer.entry.follow here"
@@ -61,15 +61,17 @@ class Engine:
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model {cfg.vocab_size}; "
                 "they do not belong together"
             )
+        if isinstance(speculation, DraftModel):
+            check_draft(speculation.model.cfg, cfg, max_seq_len or limit)
         self.cfg, self.rules, self.tokenizer, self.max_batch_size = cfg, model.rules, tokenizer, max_batch_size
         self._rounds = Rounds(
             model,
             max_seq_len=max_seq_len or limit,
             max_batch_size=max_batch_size,
             steps=steps_per_dispatch,
-            prefill_chunk=prefill_chunk,
             cache=cache or CacheOptions(),
             hosts=hosts,
+            speculation=speculation,
         )
         self._unread: list[tuple[Request, str]] = []
 

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from infer.engine import Throughput
     from infer.hosts import Hosts
     from infer.sampling import SamplingParams
+    from infer.speculation import DraftModel, Ngrams
     from llama_jax.checkpoint import Checkpoint
     from llama_jax.config import LlamaConfig
     from llama_jax.model import Llama
+    from llama_jax.tokenizer import Tokenizer
 
 # The model that ships with the project: a Hugging Face directory.
 DEMO = Path(__file__).parents[1] / "llama_jax" / "demo"
@@ -116,6 +118,64 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; repeatable")
 
 
+def add_speculation_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what guesses tokens ahead."""
+    group = parser.add_argument_group("speculation", "tokens are guessed and checked together; the text stays the same")
+    guesser = group.add_mutually_exclusive_group()
+    guesser.add_argument("--draft", metavar="C", help="a smaller checkpoint with the same tokenizer guesses")
+    guesser.add_argument(
+        "--speculate", choices=("ngram",), help="ngram: guess what followed the same tokens before in the text"
+    )
+    group.add_argument("--num-draft-tokens", type=int, metavar="N", help="guesses at a time; default: 4")
+
+
+def open_draft(
+    args: argparse.Namespace, checkpoint: "Checkpoint", tokenizer: "Tokenizer | None"
+) -> "Checkpoint | None":
+    """The checkpoint of --draft, its weights not read yet.
+
+    Raises ValueError for options that exclude each other and for a draft that has another vocabulary.
+    """
+    from infer.speculation import check_draft, check_num_tokens
+    from llama_jax.checkpoint import open_checkpoint
+    from llama_jax.tokenizer import load_tokenizer
+
+    if args.num_draft_tokens is not None:
+        check_num_tokens(args.num_draft_tokens)
+        if args.draft is None and args.speculate is None:
+            raise ValueError("--num-draft-tokens needs something that guesses: --draft C or --speculate ngram")
+    if args.draft is None:
+        return None
+    draft = open_checkpoint(args.draft, allow_unknown_config=args.allow_unknown_config)
+    check_draft(draft.cfg, checkpoint.cfg, args.max_seq_len or checkpoint.cfg.max_seq_len)
+    if tokenizer is not None and load_tokenizer(draft.companions).token_bytes != tokenizer.token_bytes:
+        raise ValueError(f"--draft {args.draft} has another tokenizer than the model; use one with the same")
+    return draft
+
+
+def load_speculation(
+    args: argparse.Namespace, model: "Llama", draft: "Checkpoint | None", hosts: "Hosts"
+) -> "DraftModel | Ngrams | None":
+    """What the options ask to guess, a draft with its weights, on the model's mesh, in all processes.
+
+    Raises ValueError, before a weight is read, if the devices do not hold the draft beside the model.
+    """
+    import jax
+
+    from infer.speculation import NUM_DRAFT_TOKENS, DraftModel, Ngrams
+    from llama_jax.checkpoint import load_opened, weights_dtype
+
+    hosts.tell("load_speculation")
+    num_tokens = args.num_draft_tokens or NUM_DRAFT_TOKENS
+    if draft is None:
+        return Ngrams(num_tokens) if args.speculate else None
+    mesh = model.embedding[...].sharding.mesh
+    with jax.set_mesh(mesh):
+        dtype = weights_dtype(draft, args.dtype)
+        _check_memory(draft.cfg, mesh, dtype, None, num_tokens=1, what="the draft, beside the model,")
+        return DraftModel(load_opened(draft, dtype=dtype, layout="layers"), num_tokens)
+
+
 def open_model(args: argparse.Namespace, check: "Callable[[LlamaConfig], None] | None" = None) -> "Checkpoint":
     """The checkpoint that the options name, its weights not read yet.
 
@@ -169,13 +229,17 @@ def follow(args: argparse.Namespace, hosts: "Hosts") -> None:
     """In a process that is not the first: load the model and run what the first does, until it parts."""
     from infer.programs import Programs
 
-    model = programs = None
+    checkpoint = model = programs = speculation = None
     for name, values, options in hosts.calls():
         if name == "load":
-            model = load_model(args, open_model(args), hosts)
+            checkpoint = open_model(args)
+            model = load_model(args, checkpoint, hosts)
+        elif name == "load_speculation":
+            assert model is not None and checkpoint is not None
+            speculation = load_speculation(args, model, open_draft(args, checkpoint, None), hosts)
         elif name == "programs":
             assert model is not None
-            programs = Programs(model, *values, **options)
+            programs = Programs(model, speculation, *values, **options)
         else:
             answer = getattr(programs, name)(*values, **options)
             if name == "room":
@@ -190,7 +254,9 @@ def _mesh_asked_for(args: argparse.Namespace, cfg: "LlamaConfig") -> "AbstractCo
     return use_mesh(args.mesh or inference_mesh_spec(cfg, jax.device_count(), jax.local_device_count()))
 
 
-def _check_memory(cfg: "LlamaConfig", mesh: "Mesh", dtype: "np.dtype", quantize: str | None, num_tokens: int) -> None:
+def _check_memory(
+    cfg: "LlamaConfig", mesh: "Mesh", dtype: "np.dtype", quantize: str | None, num_tokens: int, what: str | None = None
+) -> None:
     from llama_jax.memory import check_fit, check_host, generation_bytes, weight_bytes
 
     needs = {"weights": weight_bytes(cfg, dtype, find_scheme(quantize) if quantize else None)}
@@ -199,7 +265,7 @@ def _check_memory(cfg: "LlamaConfig", mesh: "Mesh", dtype: "np.dtype", quantize:
     ways += ", --dtype bfloat16" if dtype.itemsize > 2 else ""
     ways += "" if quantize else ", --quantize int8"
     devices = list(mesh.devices.flat)
-    check_fit(model_name(cfg), needs, devices, ways=f"{ways} or a shorter --max-seq-len")
+    check_fit(what or model_name(cfg), needs, devices, ways=f"{ways} or a shorter --max-seq-len")
     if devices[0].platform != "cpu":
         check_host(cfg, dtype)
 

@@ -19,12 +19,15 @@ from infer.entry import (
     add_model_options,
     add_plan_options,
     add_sampling_options,
+    add_speculation_options,
     check_weights,
     conversation_length,
     describe_sampling,
     follow,
     is_streamed,
     load_model,
+    load_speculation,
+    open_draft,
     open_model,
     sampling_params,
     steps_per_dispatch,
@@ -47,6 +50,9 @@ ANSWER_TOKENS = 2048
 # What is told of a result elsewhere.
 _OF_SERVING = ("top_logprobs", "prompt_logprobs", "prompt_top_logprobs", "cached_tokens")
 
+# What is told of the run beside each result.
+_MEASURED = ("prefill_tokens_per_second", "decode_tokens_per_second", "draft_tokens", "accepted_tokens")
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
@@ -62,6 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--system", metavar="S", help="the system message of --chat")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt and nothing else")
     add_sampling_options(parser)
+    add_speculation_options(parser)
     add_model_options(parser)
     add_plan_options(parser)
     args = parser.parse_intermixed_args(argv, argparse.Namespace(max_new_tokens=None))
@@ -107,6 +114,7 @@ def continue_prompts(args: argparse.Namespace, hosts: "Hosts", startup: Startup)
     checkpoint = open_model(args, lambda cfg: check_weights(args, cfg))
     tokenizer = None if args.prompt_tokens else load_tokenizer(checkpoint.companions)
     params = sampling_params(args, checkpoint)
+    draft = open_draft(args, checkpoint, tokenizer)
     if args.chat:
         assert tokenizer is not None
         notice = chat_notice(tokenizer, params.stop_tokens)
@@ -115,12 +123,15 @@ def continue_prompts(args: argparse.Namespace, hosts: "Hosts", startup: Startup)
             say(notice)
     startup.lap("open")
     model = load_model(args, checkpoint, hosts, args.max_new_tokens)
-    del checkpoint  # with what it keeps in memory of remote files
+    speculation = load_speculation(args, model, draft, hosts)
+    del checkpoint, draft  # with what it keeps in memory of remote files
     startup.lap("load")
     streamed = is_streamed(args, len(prompts))
     steps = steps_per_dispatch(model.cfg, streamed=streamed)
     max_seq_len = conversation_length(args, model) if args.conversation else args.max_seq_len
-    engine = Engine(model, tokenizer, max_seq_len=max_seq_len, steps_per_dispatch=steps, hosts=hosts)
+    engine = Engine(
+        model, tokenizer, max_seq_len=max_seq_len, steps_per_dispatch=steps, hosts=hosts, speculation=speculation
+    )
     requests = engine.requests([dialog(args.system, text) for text in prompts] if args.chat else prompts, params)
     say(describe_sampling(params))
     if args.conversation:
@@ -206,11 +217,11 @@ def _readable(result: "Result") -> str:
 
 
 def json_line(engine: "Engine", result: "Result", prompt: str | list[int]) -> str:
-    """The result and the speed of its run as one JSON object."""
+    """The result, the speed of its run and what became of its guesses as one JSON object."""
     line: dict[str, Any] = {key: value for key, value in asdict(result).items() if key not in _OF_SERVING}
     line["prompt"] = prompt if isinstance(prompt, str) else None
-    for speed in ("prefill_tokens_per_second", "decode_tokens_per_second"):
-        line[speed] = getattr(engine.throughput, speed)
+    for measured in _MEASURED:
+        line[measured] = getattr(engine.throughput, measured)
     return json.dumps(line)
 
 

@@ -109,6 +109,8 @@ def print_plan(args: argparse.Namespace, *, served: Mapping[str, Any] | None = N
     served: arguments of the engine of a server; without them prompts are continued as infer.generate does.
     Raises ValueError for what cannot be planned.
     """
+    if args.draft or args.speculate:
+        raise ValueError("--plan plans decoding without --draft and --speculate; leave them out")
     target = parse_slice(args.plan)
     work = _workload(args, target, served)
     cfg = work.cfg

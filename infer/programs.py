@@ -18,11 +18,12 @@ import numpy as np
 from jax import Array
 
 from infer import steps
+from infer.rows import split_rows
 from infer.sampling import Choice, History, SamplingParams, empty_history, row_settings
 from infer.sizes import bytes_for_pages
-from infer.steps import NUM_STOPS, Batch, Held, Prompts, RowState, Told, split_rows
+from infer.steps import NUM_STOPS, Batch, Held, Prompts, RowState, Told
 from llama_jax.cache import init_pages
-from llama_jax.memory import check_program
+from llama_jax.memory import bytes_a_device, check_program
 from llama_jax.model import Llama
 
 if TYPE_CHECKING:
@@ -54,13 +55,18 @@ def led(method: Method) -> Method:
 class Programs:
     """Prefill and decode of one model. Batches with allowed tokens run with all that only some rows need."""
 
-    def __init__(self, model: Llama, *, num_rows: int, num_steps: int, hosts: "Hosts | None" = None):
-        """num_rows: of all shards; num_steps: the most that one dispatch decodes; hosts: in the process that leads."""
+    def __init__(
+        self, model: Llama, guesser: Any = None, *, num_rows: int, num_steps: int, hosts: "Hosts | None" = None
+    ):
+        """num_rows: of all shards; num_steps: the most that one dispatch decodes; hosts: in the process that leads.
+
+        guesser: of tokens ahead, see infer/speculation.py.
+        """
         self.hosts = hosts
         if hosts is not None:
             hosts.tell("programs", num_rows=num_rows, num_steps=num_steps)
-        self.cfg, self.rules, self.num_rows = model.cfg, model.rules, num_rows
-        leaves, tree = jax.tree.flatten(model)
+        self.cfg, self.rules, self.guesser, self.num_rows = model.cfg, model.rules, guesser, num_rows
+        leaves, tree = jax.tree.flatten((model, guesser))
         self.weights = tuple(leaves)
         self.mesh = leaves[0].sharding.mesh
         self.compiled: dict[Any, Any] = {}
@@ -75,7 +81,8 @@ class Programs:
     @led
     def room(self, dtype: Any, *, prefill_chunk: int, held: int, left: int | None = None) -> int | None:
         """`infer.sizes.bytes_for_pages`, of the process that has least."""
-        sizes = {"num_rows": self.num_rows, "prefill_chunk": prefill_chunk, "held": held, "left": left}
+        num_rows = self.num_rows * steps.tokens_a_step(self.guesser)
+        sizes = {"num_rows": num_rows, "prefill_chunk": prefill_chunk, "held": held, "left": left}
         rooms = [bytes_for_pages(self.cfg, self.mesh, dtype, **sizes)]
         rooms += [] if self.hosts is None else self.hosts.answers()
         return min((room for room in rooms if room is not None), default=None)
@@ -87,12 +94,22 @@ class Programs:
         with jax.set_mesh(self.mesh):
             self._held = jax.jit(partial(self._allocate, num_pages, page_size, dtype))()
 
+    def page_bytes(self, page_size: int, dtype: Any) -> int:
+        """Bytes a device of a page in each shard, with all that is held of its tokens."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return bytes_a_device(jax.eval_shape(partial(self._pools, self.rules.batch_multiple, page_size, dtype)))
+
+    def _pools(self, num_pages: int, page_size: int, dtype: Any) -> tuple[Any, Any]:
+        pages = init_pages(self.cfg, self.rules, num_pages, page_size, dtype=dtype)
+        return pages, self.guesser and self.guesser.allocate(self.rules, num_pages, page_size, dtype)
+
     def _allocate(self, num_pages: int, page_size: int, dtype: Any) -> Held:
         stops = np.full((self.num_rows, NUM_STOPS), -1, np.int32)
         settings = row_settings([SamplingParams()] * self.num_rows, stops=stops)
         off = np.zeros(self.num_rows, np.int32)
         state = split_rows(self.rules, RowState(off, off, off, settings))
-        return Held(init_pages(self.cfg, self.rules, num_pages, page_size, dtype=dtype), state, None)
+        pages, ahead = self._pools(num_pages, page_size, dtype)
+        return Held(pages, state, None, ahead)
 
     @led
     def prefill(self, prompts: Prompts, batch: Batch, *, fresh: bool) -> tuple[Choice, Told | None]:
@@ -105,13 +122,13 @@ class Programs:
         return choice, told
 
     @led
-    def decode(self, batch: Batch, num_steps: int) -> Choice:
-        """Decode up to so many steps of every row; tokens [B, steps of the program], -1 after a row's last.
+    def decode(self, batch: Batch, num_steps: int) -> tuple[Choice, Array | None]:
+        """Decode up to so many steps of every row; tokens [B, those of the program], -1 for none; guesses made [B].
 
         Raises ValueError if the devices have not the memory that a new bucket needs.
         """
-        (choice,) = self._advance(self._decode_call(batch, num_steps))
-        return choice
+        choice, guessed = self._advance(self._decode_call(batch, num_steps))
+        return choice, guessed
 
     @led
     def remember(self, row: np.ndarray, prompt: np.ndarray, generated: np.ndarray) -> None:

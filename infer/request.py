@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +34,15 @@ class Result:
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
     cached_tokens: int = 0
+
+
+def pairs(tokens: Any, logprobs: Any, count: int) -> list[list[tuple[int, float]]]:
+    """The likeliest tokens of each place, of arrays [T, N], as a result has them; [] if none are asked for."""
+    if not count:
+        return []
+    return [
+        list(zip(t[:count], p[:count], strict=True)) for t, p in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+    ]
 
 
 class Request:
@@ -104,6 +113,16 @@ class Request:
             self.result.top_logprobs += likeliest[i : i + 1]
             self._advance(token)
         return self._show()
+
+    def told(self, start: int, stop: int, logprobs: Any, top_tokens: Any, top_logprobs: Any) -> None:
+        """Take the log-probabilities [T] and [T, N] of the tokens of the prompt that follow those at start to stop."""
+        result, count = self.result, self.params.prompt_logprobs
+        if count is None or result.prompt_logprobs is None or result.prompt_top_logprobs is None:
+            return
+        first, stop = start + 1, min(stop + 1, len(result.prompt_tokens))
+        result.prompt_logprobs[first:stop] = logprobs[: stop - first].tolist()
+        likeliest = pairs(top_tokens[: stop - first], top_logprobs[: stop - first], count)
+        result.prompt_top_logprobs[first:stop] = likeliest or [[]] * (stop - first)
 
     def _advance(self, token: int) -> None:
         result = self.result

@@ -18,7 +18,7 @@ from infer.batches import Batches, filled_up
 from infer.hosts import Hosts
 from infer.pages import PagePool
 from infer.programs import Programs
-from infer.request import Request
+from infer.request import Request, pairs
 from infer.sampling import Choice
 from infer.scheduler import MIN_CHUNK, Chunk, Scheduler, bucket
 from infer.scheduler import Sequence as Row
@@ -28,11 +28,11 @@ from infer.sizes import (
     TABLE_BASE,
     TABLE_BASE_ELSEWHERE,
     CacheOptions,
-    page_bytes,
     page_size,
     platform,
 )
-from infer.steps import Batch, Prompts, Told
+from infer.speculation import cache_multiple
+from infer.steps import Batch, Prompts, Told, tokens_a_step
 from infer.throughput import EngineStats, Throughput
 from llama_jax.attention import gathers_pages
 from llama_jax.entry import say
@@ -44,9 +44,9 @@ Lowered = tuple[jax.stages.Lowered, jax.stages.Lowered, tuple[Any, ...]]
 
 
 class Dispatch(NamedTuple):
-    """What is on its way: the place of each sequence and how many tokens may come of it.
+    """What is on its way: the place of each sequence and how many steps it makes.
 
-    chunks is empty for decode; sent is what the clock showed.
+    chunks is empty for decode; guessed is what it made of guesses; sent is what the clock showed.
     """
 
     places: list[int]
@@ -55,6 +55,7 @@ class Dispatch(NamedTuple):
     chunks: list[Chunk]
     choice: Choice
     told: Told | None
+    guessed: jax.Array | None
     sent: float
 
 
@@ -68,32 +69,33 @@ class Rounds:
         max_seq_len: int,
         max_batch_size: int,
         steps: int,
-        prefill_chunk: int,
         cache: CacheOptions,
         hosts: Hosts | None,
+        speculation: Any,
     ):
         """As the engine's; max_seq_len may turn out smaller."""
         cfg, rules = model.cfg, model.rules
         self.max_seq_len, self.throughput = max_seq_len, Throughput()
         weights = jax.tree.leaves(model.embedding)[0]
         on = platform(weights.sharding.mesh)
-        size, self._num_shards = page_size(max_seq_len, rules, on), rules.batch_multiple
+        size = page_size(max_seq_len, cache_multiple(rules, speculation), on)
+        self._num_shards, self._tokens_a_step = rules.batch_multiple, tokens_a_step(speculation)
         self._batches = Batches(
             num_shards=self._num_shards,
             num_rows=-(-max_batch_size // self._num_shards),
             pages_a_row=-(-max_seq_len // size),
             page_size=size,
-            prefill_chunk=-(-prefill_chunk // rules.sequence_multiple) * rules.sequence_multiple,
+            prefill_chunk=-(-cache.prefill_chunk // rules.sequence_multiple) * rules.sequence_multiple,
             length_multiple=rules.sequence_multiple,
             vocab_size=cfg.vocab_size,
             # Of one row XLA:TPU computes every weight product on the vector unit: twice the time of two.
             least_rows=2 if on == "tpu" else 1,
             row_base=ROW_BASE.get(on, ROW_BASE_ELSEWHERE),
             table_base=TABLE_BASE.get(on, TABLE_BASE_ELSEWHERE),
+            num_draft_tokens=self._tokens_a_step - 1,
         )
-        self.programs = Programs(
-            model, num_rows=self._num_shards * self._batches.num_rows, num_steps=steps, hosts=hosts
-        )
+        num_rows = self._num_shards * self._batches.num_rows
+        self.programs = Programs(model, speculation, num_rows=num_rows, num_steps=steps, hosts=hosts)
         self._dtype, self._cache, self._steps = cache.dtype or weights.dtype, cache, steps
         self._pages, self._is_open = 0, False  # pages of a shard
         self._scheduler = self._new_scheduler(0)
@@ -102,6 +104,7 @@ class Rounds:
         self._in_flight: deque[Dispatch] = deque()
         self._read_early: list[tuple[Request, str]] = []
         self._prompt_tokens = self._prefix_hit_tokens = self._generated_tokens = 0
+        self._guesses = np.zeros(2, np.int64)  # made and accepted
         if isinstance(weights, jax.Array):
             self._most_pages()
 
@@ -111,6 +114,7 @@ class Rounds:
             self._batches.num_rows,
             prefill_chunk=self._batches.prefill_chunk,
             steps=self._steps,
+            tokens_a_step=self._tokens_a_step,
             share_prefixes=self._cache.share_prefixes,
         )
 
@@ -156,9 +160,8 @@ class Rounds:
         left: by default what the devices say. If one row could not, a shorter context is served, which is said.
         Raises ValueError if not a page fits.
         """
-        batches, rules = self._batches, self.programs.rules
-        cfg, mesh = self.programs.cfg, self.programs.mesh
-        size = page_bytes(cfg, mesh, rules, batches.page_size, self._dtype)
+        batches, mesh = self._batches, self.programs.mesh
+        size = self.programs.page_bytes(batches.page_size, self._dtype)
         most = batches.num_rows * batches.pages_a_row
         room = self.programs.room(self._dtype, prefill_chunk=batches.prefill_chunk, held=self._pages * size, left=left)
         if room is not None and gathers_pages(mesh):
@@ -224,6 +227,8 @@ class Rounds:
             generated_tokens=self._generated_tokens,
             preemptions=scheduler.preemptions,
             compilations=len(self.programs.compiled),
+            draft_tokens=int(self._guesses[0]),
+            accepted_tokens=int(self._guesses[1]),
         )
 
     # A round.
@@ -262,15 +267,17 @@ class Rounds:
         choice, told = self._timed(partial(self.programs.prefill, prompts, batch, fresh=fresh))
         self._scheduler.prefilled(chunks)
         rows = [chunk.sequence for chunk in chunks]
-        self._in_flight.append(Dispatch(places, rows, [int(row.filled) for row in rows], chunks, choice, told, sent))
+        self._in_flight.append(
+            Dispatch(places, rows, [int(row.filled) for row in rows], chunks, choice, told, None, sent)
+        )
 
     def _send_decode(self, rows: list[Row]) -> None:
         places, batch = self._batches.decode(rows)
         steps = 1 if any(row.request.constraint is not None for row in rows) else self._steps
         sent = self.throughput.clock()
-        choice = self._timed(partial(self.programs.decode, batch, steps))
+        choice, guessed = self._timed(partial(self.programs.decode, batch, steps))
         self._scheduler.decoded(rows, steps)
-        self._in_flight.append(Dispatch(places, rows, [steps] * len(rows), [], choice, None, sent))
+        self._in_flight.append(Dispatch(places, rows, [steps] * len(rows), [], choice, None, guessed, sent))
 
     def _timed(self, call: Any) -> Any:
         before = self.programs.compile_seconds
@@ -300,13 +307,17 @@ class Rounds:
         news = []
         for _ in range(count):
             sent = self._in_flight.popleft()
-            choice, told = jax.tree.map(np.asarray, (sent.choice, sent.told))
+            choice, told, guessed = jax.tree.map(np.asarray, (sent.choice, sent.told, sent.guessed))
             before = self._generated_tokens
             for i, (place, row) in enumerate(zip(sent.places, sent.sequences, strict=True)):
                 if self._live.get(row.request) is row:
                     if told is not None:
-                        _tell(row.request, sent.chunks[i], jax.tree.map(lambda x, place=place: x[place], told))
-                    news += self._take(row, sent.expected[i], jax.tree.map(lambda x, place=place: x[place], choice))
+                        values = jax.tree.map(lambda x, place=place: x[place], told)
+                        row.request.told(*sent.chunks[i][1:], *values)
+                    taken = jax.tree.map(lambda x, place=place: x[place], choice)
+                    if guessed is not None:
+                        self._count_guesses(int(guessed[place]), taken.tokens)
+                    news += self._take(row, sent.expected[i], taken)
             new = self._generated_tokens - before
             prefilled = sum(stop - start for _, start, stop in sent.chunks)
             self.throughput.count(
@@ -317,9 +328,10 @@ class Rounds:
     def _take(self, row: Row, expected: int, choice: Choice) -> Iterator[tuple[Request, str]]:
         """Give a request the new tokens of its row; it is done when they or their text end it."""
         request, before = row.request, len(row.request.result.tokens)
-        num = int(np.sum(np.asarray(choice.tokens) >= 0))
-        likeliest = _pairs(choice.top_tokens[:num], choice.top_logprobs[:num], request.params.logprobs)
-        text = request.push(choice.tokens[:num], choice.logprobs[:num], likeliest)
+        here = np.asarray(choice.tokens) >= 0
+        choice = jax.tree.map(lambda x: x[here], choice)
+        top = pairs(choice.top_tokens, choice.top_logprobs, request.params.logprobs)
+        text = request.push(choice.tokens, choice.logprobs, top)  # type: ignore[arg-type]
         new = request.result.tokens[before:]
         self._generated_tokens += len(new)
         self._scheduler.received(row, new, expected)
@@ -327,6 +339,13 @@ class Rounds:
             self.drop(request)
         if new:
             yield request, text
+
+    def _count_guesses(self, guessed: int, tokens: np.ndarray) -> None:
+        """Each step that brought tokens brought one more than were guessed rightly."""
+        brought = tokens.reshape(-1, self._tokens_a_step) >= 0
+        accepted = int(brought.sum() - brought.any(axis=1).sum())
+        self.throughput.count_guesses(guessed, accepted)
+        self._guesses += np.array([guessed, accepted])
 
     # Programs.
 
@@ -378,23 +397,3 @@ class Rounds:
         rows[:, : len(tokens)] = tokens
         mean, last = self._timed(partial(self.programs.embed, rows, np.full(self._num_shards, len(tokens), np.int32)))
         return np.asarray(mean)[0], np.asarray(last)[0]
-
-
-def _pairs(tokens: Any, logprobs: Any, count: int) -> list[list[tuple[int, float]]]:
-    """The likeliest tokens of each place, as a result has them; [] if none are asked for."""
-    if not count:
-        return []
-    return [
-        list(zip(t[:count], p[:count], strict=True)) for t, p in zip(tokens.tolist(), logprobs.tolist(), strict=True)
-    ]
-
-
-def _tell(request: Request, chunk: Chunk, told: Told) -> None:
-    """Give a request the log-probabilities of the tokens of its prompt that follow those of a chunk."""
-    result, count = request.result, request.params.prompt_logprobs
-    if count is None or result.prompt_logprobs is None or result.prompt_top_logprobs is None:
-        return
-    first, stop = chunk.start + 1, min(chunk.stop + 1, len(result.prompt_tokens))
-    result.prompt_logprobs[first:stop] = told.logprobs[: stop - first].tolist()
-    pairs = _pairs(told.top_tokens[: stop - first], told.top_logprobs[: stop - first], count)
-    result.prompt_top_logprobs[first:stop] = pairs or [[]] * (stop - first)

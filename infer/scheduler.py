@@ -42,9 +42,9 @@ class Sequence:
     """Tokens that grow: a prompt and what is known of its continuation, up to limit in all.
 
     to_fill: its tokens when it was given a row; cached: how many tokens stand in its pages once all that is
-    dispatched has run; found: how many of them were there already when it first had a row; in_flight: tokens that
-    may come of what is dispatched; whole: nothing of it is looked for in the cache; special: its prompt is
-    prefilled alone.
+    dispatched has run; found: how many of them were there already when it first had a row; in_flight: steps that are
+    dispatched, each of which brings a token or more; whole: nothing of it is looked for in the cache; special: its
+    prompt is prefilled alone.
     """
 
     tokens: list[int]
@@ -66,11 +66,6 @@ class Sequence:
         """Whether its last chunk is dispatched, so that it decodes."""
         return self.cached >= self.to_fill > 0
 
-    @property
-    def longest(self) -> int:
-        """How many tokens it has when all that is in flight has come."""
-        return min(len(self.tokens) + self.in_flight, self.limit)
-
 
 class Chunk(NamedTuple):
     """Tokens start to stop of a sequence that are prefilled together."""
@@ -90,17 +85,20 @@ class Scheduler:
         *,
         prefill_chunk: int,
         steps: int,
+        tokens_a_step: int = 1,
         share_prefixes: bool = True,
     ):
         """A pool and num_rows rows for each shard; every pool holds the longest sequence.
 
-        prefill_chunk: tokens of prompts that a shard computes in a dispatch; steps: those of a decoding row.
+        prefill_chunk: tokens of prompts that a shard computes in a dispatch; steps: those of a decoding row, each of
+        which brings tokens_a_step tokens at most.
         """
         self.pools = pools
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._num_rows, self._chunk, self._steps = num_rows, prefill_chunk, steps
+        self._tokens_a_step = tokens_a_step
         self._share_prefixes = share_prefixes
         self._free_rows = [list(range(num_rows))[::-1] for _ in pools]
 
@@ -127,7 +125,8 @@ class Scheduler:
         """The sequences that decode now, the oldest first, with pages for all steps of a dispatch."""
         planned = []
         for sequence in list(self.running):
-            if sequence.filled and sequence.longest < sequence.limit and self._reserve(sequence):
+            unfinished = len(sequence.tokens) + sequence.in_flight < sequence.limit
+            if sequence.filled and unfinished and self._reserve(sequence):
                 planned.append(sequence)
         return planned
 
@@ -143,7 +142,8 @@ class Scheduler:
 
     def _num_pages(self, sequence: Sequence) -> int:
         """How many pages it needs for the steps of one dispatch; its last token of all is never cached."""
-        return self.pools[sequence.shard].num_for(min(sequence.longest + self._steps - 1, sequence.limit - 1))
+        new = (sequence.in_flight + self._steps) * self._tokens_a_step
+        return self.pools[sequence.shard].num_for(min(len(sequence.tokens) + new, sequence.limit) - 1)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
@@ -266,7 +266,7 @@ class Scheduler:
             sequence.in_flight += steps
 
     def received(self, sequence: Sequence, tokens: List[int], expected: int) -> None:
-        """New tokens of a sequence are known, of the expected that were in flight."""
+        """New tokens of a sequence are known, those of so many steps that were in flight."""
         sequence.in_flight -= expected
         sequence.tokens += tokens
         if tokens and sequence.filled:

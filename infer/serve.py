@@ -21,8 +21,11 @@ from infer.entry import (
     CACHE_DTYPES,
     add_model_options,
     add_plan_options,
+    add_speculation_options,
     follow,
     load_model,
+    load_speculation,
+    open_draft,
     open_model,
     sampling_params,
 )
@@ -66,10 +69,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Declare how requests are batched and cached."""
     group = parser.add_argument_group("engine")
     group.add_argument("--max-batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
-    group.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt that are taken at a time")
+    group.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="tokens of prompts at a time; default: %(default)s"
+    )
     group.add_argument("--cache-gib", type=float, metavar="G", help="of the KV cache; default: what fits")
     group.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of the KV cache; default: the weights'")
     group.add_argument("--no-prefix-cache", action="store_true", help="do not keep pages for prompts that begin alike")
+    add_speculation_options(parser)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,10 +83,9 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     from infer.sizes import CacheOptions
 
     num_bytes = None if args.cache_gib is None else int(args.cache_gib * 2**30)
-    chunk = {} if args.prefill_chunk is None else {"prefill_chunk": args.prefill_chunk}
     dtype = "float8_e4m3fn" if args.cache_dtype == "fp8" else args.cache_dtype
-    cache = CacheOptions(dtype, num_bytes, share_prefixes=not args.no_prefix_cache)
-    return {"max_batch_size": args.max_batch_size, "cache": cache, **chunk}
+    cache = CacheOptions(dtype, num_bytes, not args.no_prefix_cache, args.prefill_chunk)
+    return {"max_batch_size": args.max_batch_size, "cache": cache}
 
 
 def add_limit_options(parser: argparse.ArgumentParser) -> None:
@@ -228,8 +233,12 @@ def make_server(
     defaults = sampling_params(nothing_given, checkpoint)
     if defaults.temperature == 0:  # OpenAI's default, where the checkpoint advises nothing
         defaults = dataclasses.replace(defaults, temperature=1.0)
+    draft = open_draft(args, checkpoint, tokenizer)
     model = load_model(args, checkpoint, hosts)
-    engine = Engine(model, tokenizer, max_seq_len=args.max_seq_len, hosts=hosts, **engine_options(args))
+    speculation = load_speculation(args, model, draft, hosts)
+    engine = Engine(
+        model, tokenizer, max_seq_len=args.max_seq_len, hosts=hosts, speculation=speculation, **engine_options(args)
+    )
     names = list(names) or [_name(args.checkpoint)]
     return Server(engine, tokenizer, Worker(engine, max_waiting=max_waiting), limits, defaults, names)
 

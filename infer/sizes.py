@@ -11,10 +11,8 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from infer.scheduler import bucket, chunk_length
-from llama_jax.cache import init_pages
 from llama_jax.config import LlamaConfig
-from llama_jax.memory import bytes_a_device, bytes_left, generation_bytes
-from llama_jax.mesh import ShardingRules
+from llama_jax.memory import bytes_left, generation_bytes
 
 # Tokens of a page on one device; to within so many a prompt is found in the cache. A TPU's lanes are 128.
 PAGE_SIZE = {"tpu": 128}
@@ -48,15 +46,18 @@ class CacheOptions:
     """How an engine caches.
 
     dtype: by default the weights'. num_bytes on each device: by default what there is room for. share_prefixes:
-    full pages are kept for prompts that begin alike.
+    full pages are kept for prompts that begin alike. prefill_chunk: tokens of prompts in a dispatch of a shard.
     """
 
     dtype: str | None = None
     num_bytes: int | None = None
     share_prefixes: bool = True
+    prefill_chunk: int = 512
 
     def __post_init__(self):
-        """Raises ValueError for an unknown dtype."""
+        """Raises ValueError for an unknown dtype and for chunks without a token."""
+        if self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk={self.prefill_chunk} must be at least 1")
         if self.dtype is not None and self.dtype not in CACHE_DTYPES:
             raise ValueError(f"a cache of {self.dtype!r}: expected {', '.join(CACHE_DTYPES)}")
 
@@ -66,16 +67,10 @@ def platform(mesh: Mesh | AbstractMesh) -> str:
     return mesh.abstract_mesh.abstract_device.platform
 
 
-def page_size(max_seq_len: int, rules: ShardingRules, platform: str) -> int:
-    """Tokens of a page, which the mesh divides; a short context is one page."""
-    of_all = PAGE_SIZE.get(platform, PAGE_SIZE_ELSEWHERE) * (rules.cache_multiple if platform == "tpu" else 1)
-    return bucket(of_all, bucket(max_seq_len), rules.cache_multiple)
-
-
-def page_bytes(cfg: LlamaConfig, mesh: Mesh, rules: ShardingRules, size: int, dtype: DTypeLike) -> int:
-    """Bytes a device of a page in each shard."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return bytes_a_device(jax.eval_shape(lambda: init_pages(cfg, rules, rules.batch_multiple, size, dtype=dtype)))
+def page_size(max_seq_len: int, multiple: int, platform: str) -> int:
+    """Tokens of a page, a multiple of what the mesh divides it by; a short context is one page."""
+    of_all = PAGE_SIZE.get(platform, PAGE_SIZE_ELSEWHERE) * (multiple if platform == "tpu" else 1)
+    return bucket(of_all, bucket(max_seq_len), multiple)
 
 
 def bytes_for_pages(

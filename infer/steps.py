@@ -6,7 +6,6 @@ off, writes nowhere and yields -1. Rows and pages are numbered within their shar
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec, reshard
 
+from infer.rows import closed, of_rows, opened, put_rows, readable, row_logits, split_rows, take_rows
 from infer.sampling import (
     MAX_LOGPROBS,
     Choice,
@@ -25,8 +25,8 @@ from infer.sampling import (
     sample,
     token_logprobs,
 )
-from llama_jax.cache import ContiguousCache, PagedCache
-from llama_jax.kernels.paged import Pages, gather_pages
+from llama_jax.cache import PagedCache
+from llama_jax.kernels.paged import Pages
 from llama_jax.mesh import ShardingRules
 from llama_jax.model import Llama
 
@@ -60,11 +60,13 @@ class Batch(NamedTuple):
     """Rows of one dispatch: table int32 [B, N], their pages in order (-1: none); rows int32 [B], beyond all: off.
 
     allowed: the bits uint32 [B, ceil(V / 32)] of the tokens that may come, None where all rows may have all.
+    most_guesses: how many tokens of a row may be guessed in a step int32 [B], None where none ever are.
     """
 
     table: Values
     rows: Values
     allowed: Values | None = None
+    most_guesses: Values | None = None
 
 
 class Prompts(NamedTuple):
@@ -89,11 +91,20 @@ class Told(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What stays on the devices: the pools of every layer, the rows, and their history where one needs it."""
+    """What stays on the devices: the pools of every layer, the rows, and their history where one needs it.
+
+    ahead: what the tokens ahead are guessed from, in pages too, if they are (infer/speculation.py).
+    """
 
     pages: tuple[Pages, ...]
     state: RowState
     history: History | None
+    ahead: Any = None
+
+
+def tokens_a_step(guesser: Any) -> int:
+    """How many tokens a step of decoding may bring: one, and all that are guessed."""
+    return 1 if guesser is None else 1 + guesser.num_tokens
 
 
 def prefill(tree, weights, held: Held, prompts: Prompts, batch: Batch, *, fresh: bool):
@@ -101,7 +112,7 @@ def prefill(tree, weights, held: Held, prompts: Prompts, batch: Batch, *, fresh:
 
     Returns what is held, Choice [B, 1] (-1 in rows whose chunk is not the last) and the targets' log-probabilities.
     """
-    model: Llama = jax.tree.unflatten(tree, weights)
+    model, guesser = jax.tree.unflatten(tree, weights)
     rules = model.rules
     prompts, batch = split_rows(rules, (prompts, batch))
     caches = tuple(PagedCache(pages, batch.table, empty=fresh) for pages in held.pages)
@@ -109,49 +120,61 @@ def prefill(tree, weights, held: Held, prompts: Prompts, batch: Batch, *, fresh:
     # A masked sum and not a look-up: it leaves a sequence split over `context` where it is.
     is_last = (prompts.positions == prompts.start.positions[:, None])[..., None]
     last = jnp.sum(jnp.where(is_last, hidden, 0), axis=1, keepdims=True)
-    state, history, choice = _choose(model, last, prompts.start, _take(rules, held.history, batch.rows), batch.allowed)
-    after = _put(rules, (held.state, held.history), batch.rows, (state, history))
-    told = None if prompts.targets is None else _readable(_tell(model, hidden, prompts.targets))
-    choice = jax.tree.map(lambda x: x[:, None], choice)
-    return Held(tuple(cache.pages for cache in caches), *after), _readable(choice), told
+    history = take_rows(rules, held.history, batch.rows)
+    state, history, choice = _choose_all(
+        model, last, prompts.start.tokens[:, None], prompts.start, history, batch.allowed
+    )
+    state, history = put_rows(rules, (held.state, held.history), batch.rows, (state, history))
+    told = None if prompts.targets is None else readable(_tell(model, hidden, prompts.targets))
+    ahead = guesser and guesser.store(held.ahead, prompts, batch, fresh=fresh)
+    return Held(tuple(cache.pages for cache in caches), state, history, ahead), readable(choice), told
 
 
 def decode(tree, num_steps: int, weights, held: Held, batch: Batch, steps: Array):
-    """Decode up to steps, at most num_steps, tokens of rows that have not ended; returns what is held and Choice."""
-    model: Llama = jax.tree.unflatten(tree, weights)
-    rules = model.rules
+    """Decode up to steps, at most num_steps, steps of rows that have not ended.
+
+    A step brings a token, and as many more as are guessed rightly. Returns what is held, Choice [B, num_steps times
+    the tokens that a step may bring], -1 where there is none, and how many guesses were made int32 [B], None without.
+    """
+    model, guesser = jax.tree.unflatten(tree, weights)
+    rules, width = model.rules, tokens_a_step(guesser)
     batch = split_rows(rules, batch)
-    state, history = _take(rules, (held.state, held.history), batch.rows)
-    paged = tuple(PagedCache(pages, batch.table) for pages in held.pages)
-    once = num_steps > 1 and _gathers_once(model, held.pages[0])
-    caches: Any = tuple(_gathered(cache) for cache in paged) if once else paged
-    first = _choices(rules, len(batch.rows), num_steps, MAX_LOGPROBS if history is not None else 0)
+    state, history = take_rows(rules, (held.state, held.history), batch.rows)
+    caches = opened(model, held.pages, batch.table, often=num_steps * width > 1)
+    ahead = guesser and guesser.opened(held.ahead, batch.table)
+    choices = _no_choices(rules, len(batch.rows), num_steps * width, history)
+    guessed: Any = guesser and jnp.zeros_like(state.left)
 
     def step(carry):
-        i, state, history, caches, choices = carry
-        positions = jnp.where(state.left > 0, state.positions, -1)
-        hidden, caches = _extend(model, state.tokens[:, None], positions[:, None], caches)
-        state, history, choice = _choose(model, hidden, state, history, batch.allowed)
-        here = jnp.arange(num_steps) == i
-        choices = jax.tree.map(
-            lambda old, new: jnp.where(here.reshape(-1, *(1,) * (new.ndim - 1)), new[:, None], old), choices, choice
-        )
-        return i + 1, state, history, caches, choices
+        i, state, history, caches, ahead, guessed, choices = carry
+        tokens = state.tokens[:, None]
+        if guesser:
+            assert batch.most_guesses is not None
+            ahead, guesses, counts = guesser.guess(ahead, state, batch, history)
+            counts = jnp.minimum(counts, jnp.minimum(batch.most_guesses, state.left - 1))
+            guessed = guessed + jnp.maximum(counts, 0)
+            # Those that do not count are no token.
+            guesses = jnp.where(jnp.arange(width - 1) < counts[:, None], guesses, -1)
+            tokens = jnp.concatenate([tokens, guesses], axis=1)
+        positions = jnp.where(state.left[:, None] > 0, state.positions[:, None] + jnp.arange(width), -1)
+        hidden, caches = _extend(model, jnp.maximum(tokens, 0), positions, caches)
+        state, history, choice = _choose_all(model, hidden, tokens, state, history, batch.allowed)
+        return i + 1, state, history, caches, ahead, guessed, _entered(choices, choice, i * width)
 
     def unfinished(carry):
         i, state, *_ = carry
         return (i < steps) & jnp.any(state.left > 0)
 
-    carry = (jnp.int32(0), state, history, caches, first)
-    _, after, history, caches, choices = jax.lax.while_loop(unfinished, step, carry)
-    if once:
-        stored = partial(_stored, began=state.positions, ended=after.positions, num_steps=num_steps)
-        caches = tuple(stored(pages, cache) for pages, cache in zip(paged, caches, strict=True))
+    carry = (jnp.int32(0), state, history, caches, ahead, guessed, choices)
+    _, after, history, caches, ahead, guessed, choices = jax.lax.while_loop(unfinished, step, carry)
+    written = {"began": state.positions, "ended": after.positions, "most": num_steps * width}
+    pages = closed(held.pages, batch.table, caches, **written)
+    ahead = guesser and guesser.closed(held.ahead, batch.table, ahead, **written)
     # The settings of a row stay as they are.
     before, now = ((*row[:3], history) for row, history in ((held.state, held.history), (after, history)))
-    tokens, positions, left, history = _put(rules, before, batch.rows, now)
+    tokens, positions, left, history = put_rows(rules, before, batch.rows, now)
     state = RowState(tokens, positions, left, held.state.settings)
-    return Held(tuple(cache.pages for cache in caches), state, history), _readable(choices)
+    return Held(pages, state, history, ahead), *readable((choices, guessed))
 
 
 def _extend(model: Llama, tokens: Array, positions: Array, caches: Any) -> tuple[Array, Any]:
@@ -159,25 +182,57 @@ def _extend(model: Llama, tokens: Array, positions: Array, caches: Any) -> tuple
     return model.extend(tokens, positions, caches)
 
 
-def _choose(model: Llama, hidden: Array, state: RowState, history: History | None, allowed: Array | None):
-    """Sample from hidden [B, 1, D]; rows that had ended give -1 and stay where they are. Every shard for itself."""
-    logits = reshard(model.unembed(hidden), model.rules("batch", None, None))[:, 0, : model.cfg.vocab_size]
+def _choose_all(model: Llama, hidden: Array, tokens: Array, state: RowState, history: History | None, allowed: Any):
+    """Choose what follows each of tokens int32 [B, T], from hidden [B, T, D], as long as it is the next of them."""
+    logits, width = row_logits(model, hidden), tokens.shape[1]
+    choose = partial(_choose, model.rules, allowed=allowed)
+    if width == 1:
+        state, history, choice = choose(logits[:, 0], state, history, state.left > 0)
+        return state, history, jax.tree.map(lambda x: x[:, None], choice)
 
-    def choose(logits, state: RowState, history: History | None, allowed: Array | None):
-        positions, going = state.positions + 1, state.left > 0
+    def column(carry):
+        i, going, state, history, choices = carry
+        here = jax.lax.dynamic_index_in_dim(logits, i, axis=1, keepdims=False)
+        state, history, choice = choose(here, state, history, going)
+        after = jax.lax.dynamic_index_in_dim(tokens, jnp.minimum(i + 1, width - 1), axis=1, keepdims=False)
+        going &= (state.left > 0) & (choice.tokens == after)
+        return i + 1, going, state, history, _entered(choices, jax.tree.map(lambda x: x[:, None], choice), i)
+
+    def wanted(carry):
+        i, going, *_ = carry
+        return (i < width) & jnp.any(going)
+
+    choices = _no_choices(model.rules, len(tokens), width, history)
+    carry = (jnp.int32(0), state.left > 0, state, history, choices)
+    return jax.lax.while_loop(wanted, column, carry)[2:]
+
+
+def _choose(
+    rules: ShardingRules,
+    logits: Array,
+    state: RowState,
+    history: History | None,
+    going: Array,
+    *,
+    allowed: Array | None,
+):
+    """Sample from logits [B, V] of rows that are going; others give -1 and stay. Every shard for itself."""
+
+    def choose(logits, state: RowState, history: History | None, going: Array, allowed: Array | None):
+        positions = state.positions + 1
         num_logprobs = 0 if history is None else MAX_LOGPROBS
         choice = sample(logits, state.settings, positions, history=history, allowed=allowed, num_logprobs=num_logprobs)
         stopped = jnp.any(choice.tokens[:, None] == state.settings.stops, axis=-1)
         after = state._replace(
             tokens=jnp.where(going, choice.tokens, state.tokens),
             positions=jnp.where(going, positions, state.positions),
-            left=jnp.where(going & ~stopped, state.left - 1, 0),
+            left=jnp.where(going, jnp.where(stopped, 0, state.left - 1), state.left),
         )
         tokens = jnp.where(going, choice.tokens, -1)
         history = None if history is None else record(history, tokens)
         return after, history, dataclasses.replace(choice, tokens=tokens)
 
-    return _of_rows(model.rules, choose, logits, state, history, allowed)
+    return of_rows(rules, choose, logits, state, history, going, allowed)
 
 
 def _tell(model: Llama, hidden: Array, targets: Array) -> Told:
@@ -189,63 +244,23 @@ def _tell(model: Llama, hidden: Array, targets: Array) -> Told:
         return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
 
     def tell(part: tuple[Array, Array]) -> Told:
-        logits = reshard(model.unembed(part[0]), rules("batch", None, None))[..., : model.cfg.vocab_size]
-        return Told(*_of_rows(rules, partial(token_logprobs, num_top=MAX_LOGPROBS), logits, part[1]))
+        logits = row_logits(model, part[0])
+        return Told(*of_rows(rules, partial(token_logprobs, num_top=MAX_LOGPROBS), logits, part[1]))
 
     told = jax.lax.map(tell, (columns(reshard(hidden, rules("batch", None, None))), columns(targets)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length, *x.shape[3:]), told)
 
 
-def _gathers_once(model: Llama, pages: Pages) -> bool:
-    """Whether a dispatch reads its pages into rows once, and not in every step.
-
-    On CPUs a gather costs as much as the attention itself. Values in a narrow type are read where they are, or
-    what a step sees would depend on when its dispatch began.
-    """
-    on_cpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
-    return on_cpu and model.rules.cache_multiple == 1 and pages.k_scale is None
-
-
-def _gathered(cache: PagedCache) -> ContiguousCache:
-    """The pages of every row, in order, as a cache of its own."""
-    rows, heads, *_ = jax.typeof(cache.pages.k).sharding.spec
-    split = PartitionSpec(rows, heads)
-    run = jax.shard_map(
-        partial(gather_pages, dtype=cache.pages.k.dtype), in_specs=(split, PartitionSpec(rows)), out_specs=split
-    )
-    return ContiguousCache(*run(cache.pages, cache.table))
-
-
-def _stored(paged: PagedCache, cache: ContiguousCache, began: Array, ended: Array, *, num_steps: int) -> PagedCache:
-    """The pages with what rows hold at positions began to ended int32 [B], at most num_steps each.
-
-    Whole pages are written: one that tokens are added to is its row's alone.
-    """
-    rows, heads, *_ = jax.typeof(cache.k).sharding.spec
-
-    def store(pages: Pages, table: Array, cache: ContiguousCache, began: Array, ended: Array) -> Pages:
-        num_pages, _, size, _ = pages.k.shape
-        index = began[:, None] // size + jnp.arange((num_steps + size - 2) // size + 1)
-        page = jnp.take_along_axis(table, index, axis=1, mode="fill", fill_value=-1)
-        page = jnp.where((index * size < ended[:, None]) & (page >= 0), page, num_pages)  # else dropped
-
-        def put(pool: Array, values: Array) -> Array:
-            values = values.reshape(*values.shape[:2], -1, size, values.shape[-1])
-            new = jnp.take_along_axis(values, index[:, None, :, None, None], axis=2, mode="clip")
-            return pool.at[page].set(new.swapaxes(1, 2), mode="drop")
-
-        return Pages(put(pages.k, cache.k), put(pages.v, cache.v))
-
-    of_heads, of_rows = PartitionSpec(rows, heads), PartitionSpec(rows)
-    run = jax.shard_map(store, in_specs=(of_heads, of_rows, of_heads, of_rows, of_rows), out_specs=of_heads)
-    return PagedCache(run(paged.pages, paged.table, cache, began, ended), paged.table)
-
-
-def _choices(rules: ShardingRules, num_rows: int, num_steps: int, num_top: int) -> Choice:
-    """No tokens yet, [B, steps]."""
-    shape = (num_rows, num_steps)
+def _no_choices(rules: ShardingRules, num_rows: int, num_tokens: int, history: History | None) -> Choice:
+    """No tokens yet, [B, T]; with history room for the likeliest, too."""
+    shape, num_top = (num_rows, num_tokens), 0 if history is None else MAX_LOGPROBS
     none = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape)
     return split_rows(rules, Choice(*none, jnp.zeros((*shape, num_top), jnp.int32), jnp.zeros((*shape, num_top))))
+
+
+def _entered(choices: Choice, new: Choice, start: Array) -> Choice:
+    """Choices [B, ...] with the new ones [B, T] in their columns from start on."""
+    return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=1), choices, new)
 
 
 def remember(rules: ShardingRules, history: History, row: Array, prompt: Array, generated: Array) -> History:
@@ -260,46 +275,13 @@ def remember(rules: ShardingRules, history: History, row: Array, prompt: Array, 
     return run(history, reshard(row, split), prompt, generated)
 
 
-def _of_rows(rules: ShardingRules, function: Callable, *trees: Any) -> Any:
-    """Function of arrays [B, ...], each shard for itself."""
-    return jax.shard_map(function, in_specs=rules("batch"), out_specs=rules("batch"), check_vma=False)(*trees)
-
-
-def _take(rules: ShardingRules, tree: Any, rows: Array) -> Any:
-    """Rows [B, ...] of arrays [R, ...]; zeros for those beyond all."""
-
-    def take(tree: Any, rows: Array) -> Any:
-        return jax.tree.map(lambda x: x.at[rows].get(mode="fill", fill_value=0), tree)
-
-    return _of_rows(rules, take, tree, rows)
-
-
-def _put(rules: ShardingRules, tree: Any, rows: Array, new: Any) -> Any:
-    """Arrays [R, ...] with rows [B, ...] replaced; those beyond all are dropped."""
-
-    def put(tree: Any, rows: Array, new: Any) -> Any:
-        return jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), tree, new)
-
-    return _of_rows(rules, put, tree, rows, new)
-
-
-def split_rows(rules: ShardingRules, tree: Any) -> Any:
-    """Arrays [B, ...], split over the batch axes."""
-    return jax.tree.map(lambda x: reshard(x, PartitionSpec(*rules("batch"), *(None,) * (x.ndim - 1))), tree)
-
-
-def _readable(tree: Any) -> Any:
-    """Whole on every device, so that every process can read them."""
-    return jax.tree.map(lambda x: reshard(x, PartitionSpec()), tree)
-
-
 def embed(tree, weights, tokens: Array, lengths: Array) -> tuple[Array, Array]:
     """Mean and last of the normed outputs [B, D] of texts int32 [B, T] of so many tokens."""
-    model: Llama = jax.tree.unflatten(tree, weights)
+    model, _ = jax.tree.unflatten(tree, weights)
     tokens, lengths = split_rows(model.rules, (tokens, lengths))
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden = reshard(model.hidden(tokens, positions), model.rules("batch", None, None)).astype(jnp.float32)
     place = jnp.arange(tokens.shape[1])[None, :, None]
     lengths = lengths[:, None, None]
     mean = jnp.sum(jnp.where(place < lengths, hidden, 0), axis=1) / lengths[:, 0]
-    return _readable((mean, jnp.sum(jnp.where(place == lengths - 1, hidden, 0), axis=1)))
+    return readable((mean, jnp.sum(jnp.where(place == lengths - 1, hidden, 0), axis=1)))

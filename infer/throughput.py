@@ -12,7 +12,7 @@ class EngineStats:
     """Requests that wait and that have a row now; pages of the cache; and what has been counted since the start.
 
     prompt_tokens are those of requests when they are first given a row, prefix_hit_tokens how many of them were
-    found in the cache.
+    found in the cache. draft_tokens were guessed ahead, accepted_tokens of them rightly.
     """
 
     waiting: int
@@ -24,6 +24,14 @@ class EngineStats:
     generated_tokens: int
     preemptions: int
     compilations: int
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+def guesses_text(counts: "EngineStats | Throughput") -> str:
+    """What became of guesses, as "63% of 480 draft tokens accepted"; nothing where none were made."""
+    made, accepted = counts.draft_tokens, counts.accepted_tokens
+    return f"{accepted / made:.0%} of {made} draft tokens accepted" if made else ""
 
 
 @dataclass
@@ -32,7 +40,8 @@ class Throughput:
 
     Tokens that were found in the cache are not counted. first_token_seconds is the time from the start of the run to
     its first token, and first_compile_seconds how much of that was compiling.
-    last_read is what the clock showed when the last dispatch had been read.
+    last_read is what the clock showed when the last dispatch had been read. draft_tokens were guessed ahead, and
+    accepted_tokens of them rightly.
     """
 
     compile_seconds: float = 0.0
@@ -42,6 +51,8 @@ class Throughput:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     began: float = field(default_factory=time.perf_counter)
     last_read: float = 0.0
 
@@ -63,10 +74,17 @@ class Throughput:
             self.first_token_seconds = time.perf_counter() - self.began
             self.first_compile_seconds = self.compile_seconds
 
+    def count_guesses(self, made: int, accepted: int) -> None:
+        """So many tokens were guessed ahead, and so many of them rightly."""
+        self.draft_tokens += made
+        self.accepted_tokens += accepted
+
     def __str__(self) -> str:
+        guesses = guesses_text(self)
         return (
             f"prefill {self.prefill_tokens_per_second:.1f} tokens/s, "
-            f"decode {self.decode_tokens_per_second:.1f} tokens/s, compiled in {self.compile_seconds:.1f} s"
+            f"decode {self.decode_tokens_per_second:.1f} tokens/s, {guesses and guesses + ', '}"
+            f"compiled in {self.compile_seconds:.1f} s"
         )
 
     @property

@@ -97,9 +97,8 @@ class ScriptedEngine:
 
     def stats(self):
         counts = {"waiting": len(self.queue), "running": len(self.running), "pages_total": 7, "pages_free": 5}
-        return SimpleNamespace(
-            **counts, prompt_tokens=1, prefix_hit_tokens=0, generated_tokens=3, preemptions=0, compilations=2
-        )
+        counts |= {"prompt_tokens": 1, "prefix_hit_tokens": 0, "generated_tokens": 3, "preemptions": 0}
+        return SimpleNamespace(**counts, compilations=2, draft_tokens=10, accepted_tokens=7)
 
     def _only_one_thread(self):
         here = threading.get_ident()

@@ -1,13 +1,12 @@
 """Whatever arrives when, and however little room there is: each request gets the tokens that it gets alone."""
 
 import contextlib
-import functools
+import random
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import strategies
 
 import infer.sizes
@@ -15,22 +14,19 @@ import llama_jax
 from infer.engine import Engine
 from infer.sampling import SamplingParams
 from infer.sizes import CacheOptions
-from llama_jax.config import LlamaConfig
-from llama_jax.model import Llama
-
-PAGE = 8
-CFG = LlamaConfig(
-    vocab_size=40, num_layers=2, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=64
+from tests.schedules import (
+    CFG,
+    PAGE,
+    PROMPTS,
+    STEM,
+    all_pages_are_free,
+    alone,
+    arrival,
+    assert_as_alone,
+    engine,
+    make_model,
+    run_schedule,
 )
-# Prompts that begin alike, end inside pages and at their ends, and are longer than a chunk.
-STEM = [int(token) for token in np.random.default_rng(7).integers(0, 40, 40)]
-PROMPTS = [[1], STEM[:7], STEM[:8], STEM[:9], STEM[:16], STEM[:17] + [3], STEM[:17] + [4], STEM[:40], [5] * 30, [9, 2]]
-
-
-def make_model(spec: str) -> Llama:
-    with llama_jax.use_mesh(spec):
-        model = jax.jit(lambda: Llama(CFG, rngs=nnx.Rngs(3), layout="layers"))()
-        return jax.tree.map(lambda w: 8 * w, model)  # far from ties
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,93 +38,56 @@ def small_pages():
         yield
 
 
-@functools.cache
-def engine(pages: int, chunk: int = 16, spec: str = "data=1", **options) -> Engine:
-    """A pool of so many pages a shard; one engine each, so that its programs compile once."""
-    page_bytes = PAGE * CFG.cache_bytes_per_token(bytes_per_value=4)
-    return Engine(
-        make_model(spec),
-        max_batch_size=options.pop("max_batch_size", 4),
-        steps_per_dispatch=options.pop("steps", 3),
-        prefill_chunk=chunk,
-        cache=CacheOptions(options.pop("dtype", None), pages * page_bytes, options.pop("share_prefixes", True)),
-        **options,
-    )
-
-
-@functools.cache
-def alone(prompt: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
-    """What a request gets from an engine that has room, no chunks and nothing else to do."""
-    return tuple(engine(64, 64, steps=8, max_batch_size=1, share_prefixes=False).generate(prompt, params)[0].tokens)
-
-
-def all_pages_are_free(engine: Engine) -> bool:
-    stats = engine.stats()
-    return (stats.waiting, stats.running, stats.pages_free) == (0, 0, stats.pages_total)
-
-
-params = strategies.builds(
-    SamplingParams,
-    max_new_tokens=strategies.integers(1, 20),
-    temperature=strategies.sampled_from([0.0, 0.0, 0.0, 1.0]),
-    seed=strategies.integers(0, 3),
-    stop_tokens=strategies.sampled_from([(), (), (11, 23)]),
-)
-arrival = strategies.tuples(
-    strategies.integers(0, 4),  # steps before it comes
-    strategies.sampled_from(PROMPTS),
-    params,
-    strategies.sampled_from([None] * 5 + [1, 3]),  # steps after which it is aborted
-)
 # Room for one long request and a bit, for two, for all; chunks shorter than a page, and as long as two.
-ENGINES = [(8, 16), (12, 16), (12, 5), (64, 16)]
+# With guesses of both kinds, too.
+ENGINES = [
+    (8, 16, None),
+    (12, 16, None),
+    (12, 5, None),
+    (64, 16, None),
+    (10, 16, "ngram"),
+    (10, 16, "draft"),
+]
 
 
-def run_schedule(engine: Engine, arrivals) -> list:
-    """The requests, after all steps; aborted ones are marked so."""
-    requests, leaving, waiting = [], [], list(arrivals)
-    pause = waiting[0][0]
-    while waiting or engine.has_work:
-        while waiting and pause == 0:
-            _, prompt, settings, stay = waiting.pop(0)
-            (request,) = engine.requests(prompt, settings)
-            engine.add(request)
-            requests.append(request)
-            leaving.append(stay)
-            pause = waiting[0][0] if waiting else 0
-        pause -= pause > 0
-        for request in {request: None for request, _ in engine.step()}:
-            assert len(request.result.tokens) == len(request.result.logprobs)
-        for i, request in enumerate(requests):
-            if leaving[i] is not None:
-                leaving[i] -= 1
-                if leaving[i] < 0 and request.unfinished:
-                    engine.abort(request)
-    return requests
-
-
-@pytest.mark.parametrize(("pages", "chunk"), ENGINES)
+@pytest.mark.parametrize(("pages", "chunk", "guesses"), ENGINES)
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @hypothesis.given(arrivals=strategies.lists(arrival, min_size=1, max_size=9))
-def test_every_schedule_gives_each_request_the_tokens_that_it_gets_alone(pages, chunk, arrivals):
-    under_test = engine(pages, chunk)
-    for request in run_schedule(under_test, arrivals):
-        result = request.result
-        expected = alone(tuple(result.prompt_tokens), request.params)
-        if result.finish_reason == "abort":
-            assert result.tokens == list(expected[: len(result.tokens)])
-        else:
-            assert result.tokens == list(expected)
+def test_every_schedule_gives_each_request_the_tokens_that_it_gets_alone(pages, chunk, guesses, arrivals):
+    under_test = engine(pages, chunk, guesses=guesses)
+    assert_as_alone(run_schedule(under_test, arrivals))
+    assert all_pages_are_free(under_test)
+
+
+@pytest.mark.parametrize("num_requests", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("guesses", [None, "draft"])
+def test_random_requests_with_cancellations_leave_every_page_free(guesses, num_requests):
+    draw, under_test = random.Random(num_requests), engine(10 if guesses else 8, 16, guesses=guesses)
+    live, sent = [], 0
+    while sent < num_requests or under_test.has_work:
+        while sent < num_requests and len(live) < 9:
+            prompt = [draw.randrange(3) for _ in range(draw.randint(1, 30))]
+            settings = SamplingParams(max_new_tokens=draw.randint(1, 30), temperature=draw.choice([0.0, 1.0]))
+            live += under_test.requests([prompt], settings)
+            under_test.add(live[-1])
+            sent += 1
+        under_test.step()
+        if live and draw.random() < 0.3:
+            under_test.abort(draw.choice(live))
+        live = [request for request in live if request.unfinished]
     assert all_pages_are_free(under_test)
 
 
 def test_schedules_were_hard_enough():
     """Of the engines above, run before this one."""
-    if not engine.cache_info().currsize:
+    if not engine(8, 16).stats().prompt_tokens:
         pytest.skip("no schedule was run")
     assert engine(8, 16).stats().preemptions > 5
     assert engine(64, 16).stats().prefix_hit_tokens > 100
     assert len(engine(64, 16)._compiled) < 40
+    for pages, chunk, guesses in ENGINES[4:]:
+        stats = engine(pages, chunk, guesses=guesses).stats()
+        assert 100 < stats.accepted_tokens < 0.9 * stats.draft_tokens
 
 
 @pytest.mark.parametrize("spec", ["data=2,tensor=4", "context=2,tensor=4", "data=2,context=4", "fsdp=8"])
@@ -193,7 +152,7 @@ def test_after_warmup_nothing_compiles():
 def test_where_memory_is_short_no_dispatch_gathers_more_pages_than_there_is_room_for(monkeypatch):
     page_bytes = PAGE * CFG.cache_bytes_per_token(bytes_per_value=4)
     monkeypatch.setattr("infer.programs.bytes_for_pages", lambda *_, **__: 12 * page_bytes)
-    under_test = Engine(make_model("data=1"), max_batch_size=4, steps_per_dispatch=3, prefill_chunk=16)
+    under_test = Engine(make_model(), max_batch_size=4, steps_per_dispatch=3, cache=CacheOptions(prefill_chunk=16))
     under_test.warmup()
     before, programs, sizes = under_test.num_compiled, under_test._rounds.programs, []
     for name in ("prefill", "decode"):

@@ -116,6 +116,8 @@ def test_json_is_one_object_a_prompt_and_nothing_else(run, checkpoint, expected)
         "prompt_tokens": load_tokenizer(checkpoint).encode("def f", bos=True),
         "tokens": expected.tokens,
         "finish_reason": "length",
+        "draft_tokens": 0,
+        "accepted_tokens": 0,
     }
     assert (first["prompt"], len(first["tokens"])) == ("x", 8)
 

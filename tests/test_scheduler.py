@@ -21,10 +21,10 @@ def next_token(tokens: list[int]) -> int:
 class Device:
     """Pages of tokens, written and read as the tables say; results are handed out a round late."""
 
-    def __init__(self, num_shards=1, num_pages=8, num_rows=4, *, chunk=16, steps=3, **options):
+    def __init__(self, num_shards=1, num_pages=8, num_rows=4, *, chunk=16, steps=3, most=1, **options):
         pools = [PagePool(num_pages, SIZE) for _ in range(num_shards)]
-        self.scheduler = Scheduler(pools, num_rows, prefill_chunk=chunk, steps=steps, **options)
-        self.steps, self.num_pages = steps, num_pages
+        self.scheduler = Scheduler(pools, num_rows, prefill_chunk=chunk, steps=steps, tokens_a_step=most, **options)
+        self.steps, self.num_pages, self.most, self.draw = steps, num_pages, most, random.Random(7)
         self.memory = [[[None] * SIZE for _ in range(num_pages)] for _ in pools]
         self.rows = {}  # (shard, row) -> tokens, the last of which is not in a page yet
         self.in_flight = []
@@ -53,11 +53,16 @@ class Device:
     def decode(self, sequence):
         tokens, new = self.rows[sequence.shard, sequence.row], []
         for _ in range(self.steps):
-            if len(tokens) == sequence.limit or tokens[-1] == sequence.request:  # its stop token
-                break
-            self.write(sequence, len(tokens) - 1, tokens[-1])
-            tokens.append(next_token(self.read(sequence, len(tokens))))
-            new.append(tokens[-1])
+            right = self.draw.randint(1, self.most)  # of its guesses, and the token after them
+            for _ in range(right):
+                if len(tokens) == sequence.limit or tokens[-1] == sequence.request:  # its stop token
+                    break
+                self.write(sequence, len(tokens) - 1, tokens[-1])
+                tokens.append(next_token(self.read(sequence, len(tokens))))
+                new.append(tokens[-1])
+            for position in range(len(tokens) - 1, len(tokens) - 1 + self.most - right):
+                if position < SIZE * len(sequence.pages):
+                    self.write(sequence, position, "wrong")
         return (sequence, new, self.steps)
 
     def round(self):
@@ -101,11 +106,14 @@ def alone(prompt, limit, stop=None):
     return tokens
 
 
-@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize(("num_shards", "most"), [(1, 1), (2, 1), (1, 4), (2, 4)])
 @pytest.mark.parametrize("share", [True, False])
-def test_ten_thousand_random_requests_with_aborts_say_the_right_tokens_and_leave_every_page_free(num_shards, share):
+def test_ten_thousand_random_requests_with_aborts_say_the_right_tokens_and_leave_every_page_free(
+    num_shards, most, share
+):
+    """Also where a step brings up to most tokens, and leaves wrong guesses after them in the pages."""
     draw = random.Random(num_shards)
-    device = Device(num_shards, num_pages=9, share_prefixes=share)
+    device = Device(num_shards, num_pages=9, most=most, share_prefixes=share)
     scheduler, sent, expected = device.scheduler, 0, {}
     while sent < 2500 or device.busy:
         if sent < 2500 and draw.random() < 0.5:

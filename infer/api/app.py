@@ -20,6 +20,7 @@ from infer.api.errors import ApiError, ErrorBody, add_error_handlers, unavailabl
 from infer.api.limits import BodyLimit
 from infer.api.schemas import DetokenizeRequest, TokenizeRequest
 from infer.api.server import Server
+from infer.throughput import guesses_text
 
 LOG = logging.getLogger("infer.serve")
 PAGE = Path(__file__).parent / "page.html"
@@ -44,6 +45,8 @@ def make_app(
         yield
         if not await server.worker.drain(grace_seconds):
             LOG.warning("requests were cut off after %g seconds", grace_seconds)
+        if guesses := guesses_text(server.engine.stats()):
+            LOG.info(guesses)
 
     # FastAPI's own /docs would load its scripts from elsewhere.
     app = FastAPI(

@@ -31,6 +31,8 @@ class EngineCollector:
             "prefix_hit_tokens": ("tokens of prompts that were found in the cache", stats.prefix_hit_tokens),
             "generated_tokens": ("tokens that were generated", stats.generated_tokens),
             "preemptions": ("requests that gave their pages to older ones", stats.preemptions),
+            "draft_tokens": ("tokens that were guessed ahead", stats.draft_tokens),
+            "accepted_tokens": ("tokens that were guessed ahead rightly", stats.accepted_tokens),
             "compilations": ("programs that were compiled", stats.compilations),
         }
         for name, (what, value) in gauges.items():
