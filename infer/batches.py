@@ -74,7 +74,8 @@ class Batches:
         settings = row_settings([*params, *[SamplingParams()] * (num - len(params))], stops=stops)
         positions = np.full((num, length), AFTER_ALL, np.int32)
         targets = np.full((num, length), -1, np.int32) if told else None
-        return Prompts(np.zeros_like(positions), positions, RowState(off, off - 1, off.copy(), settings), targets)
+        start = RowState(off, off - 1, off.copy(), settings, off - 1)
+        return Prompts(np.zeros_like(positions), positions, start, targets)
 
     def apart(self, sequences: Sequence[Row]) -> list[list[Row]]:
         """The sequences in as few decode dispatches as have room for their pages, those of few together."""
@@ -194,6 +195,7 @@ class Batches:
             batch.rows[place] = sequence.row
             start_state.positions[place] = stop - 1
             start_state.left[place] = sequence.limit - stop
+        start_state.adapters[place] = request.adapter
         stops = sorted(request.stop_tokens)[:NUM_STOPS]
         start_state.settings.stops[place, : len(stops)] = stops
         least = request.params.min_new_tokens

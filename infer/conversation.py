@@ -68,9 +68,10 @@ class Conversation:
         *,
         system: str | None = None,
         startup: "Startup | None" = None,
+        adapter: str | None = None,
     ):
-        """The settings of params hold for every answer; the first is followed by startup's line."""
-        self._engine, self._params, self._startup = engine, params, startup
+        """The settings of params and the adapter hold for every answer; the first is followed by startup's line."""
+        self._engine, self._params, self._startup, self._adapter = engine, params, startup, adapter
         self.messages = dialog(system)
 
     def run(self) -> None:
@@ -143,7 +144,7 @@ class Conversation:
         messages, said = [*self.messages, {"role": "user", "content": text}], ""
         with interrupts() as pressed:
             try:
-                (request,) = self._engine.requests([messages], self._params)
+                (request,) = self._engine.requests([messages], self._params, adapter=self._adapter)
                 for _, piece in self._engine.run([request]):
                     print(piece, end="", flush=True)
                     said += piece

@@ -20,6 +20,7 @@ from infer.sizes import CacheOptions
 from infer.speculation import DraftModel, Ngrams, check_draft
 from infer.throughput import EngineStats, Throughput
 from llama_jax.chat import encode_chat
+from llama_jax.lora import adapter_names
 from llama_jax.model import Llama
 from llama_jax.tokenizer import Tokenizer
 
@@ -64,6 +65,7 @@ class Engine:
         if isinstance(speculation, DraftModel):
             check_draft(speculation.model.cfg, cfg, max_seq_len or limit)
         self.cfg, self.rules, self.tokenizer, self.max_batch_size = cfg, model.rules, tokenizer, max_batch_size
+        self.adapter_names = adapter_names(model)
         self._rounds = Rounds(
             model,
             max_seq_len=max_seq_len or limit,
@@ -88,16 +90,22 @@ class Engine:
     # From prompts to results.
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
     ) -> list[Result]:
         """Continue each prompt: text, token ids or a list of chat messages. Order is kept.
 
-        Of a prompt whose n or best_of is more than 1 there are n results, the best first. Raises ValueError for an
-        empty prompt and for one that leaves no room in the context.
+        adapter names that of the model's adapters that continues them, if one does. Of a prompt whose n or best_of is
+        more than 1 there are n results, the best first. Raises ValueError for an empty prompt, for one that leaves no
+        room in the context, and for an adapter that is not there.
         """
         batch, all_params = _as_batch(prompts, params)
         pairs = zip(batch, all_params, strict=True)
-        candidates = [[self._request(prompt, p) for p in one.candidates()] for prompt, one in pairs]
+        number = self._adapter(adapter)
+        candidates = [[self._request(prompt, p, number) for p in one.candidates()] for prompt, one in pairs]
         for _ in self.run([request for requests in candidates for request in requests]):
             pass
         results = []
@@ -106,19 +114,35 @@ class Engine:
             results += [requests[i].result for i in order[: one.n]]
         return results
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[str]:
         """The continuation of one prompt, piece by piece, never half a character."""
-        requests = self.requests([prompt], params)  # here and not in a generator, so that errors come at once
+        # Here and not in a generator, so that errors come at once.
+        requests = self.requests([prompt], params, adapter=adapter)
         return (text for _, text in self.run(requests) if text)
 
     def requests(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
     ) -> list[Request]:
         """Checked and tokenized prompts for `run` or `add`; their results fill as they run. For any thread."""
         batch, all_params = _as_batch(prompts, params)
-        return [self._request(prompt, p) for prompt, p in zip(batch, all_params, strict=True)]
+        number = self._adapter(adapter)
+        return [self._request(prompt, p, number) for prompt, p in zip(batch, all_params, strict=True)]
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _adapter(self, name: str | None) -> int:
+        """The number of an adapter, -1 for none."""
+        if name is None:
+            return -1
+        if name not in self.adapter_names:
+            raise ValueError(f"no adapter {name!r}; there is {', '.join(self.adapter_names) or 'none'}")
+        return self.adapter_names.index(name)
+
+    def _request(self, prompt: Prompt, params: SamplingParams, adapter: int = -1) -> Request:
         tokens = self._tokenize(prompt) if len(prompt) else []
         if not tokens:
             raise ValueError("the prompt is empty; give at least one character or token")
@@ -133,7 +157,8 @@ class Engine:
         result = Result(prompt if isinstance(prompt, str) else None, tokens)
         if params.prompt_logprobs is not None:
             result.prompt_logprobs, result.prompt_top_logprobs = [None for _ in tokens], [[] for _ in tokens]
-        return Request(result, params, self.tokenizer, room, allowed=token_mask(params, self.cfg.vocab_size))
+        allowed = token_mask(params, self.cfg.vocab_size)
+        return Request(result, params, self.tokenizer, room, allowed=allowed, adapter=adapter)
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str) and not isinstance(prompt[0], dict):
@@ -202,9 +227,9 @@ class Engine:
         """Open the cache and compile every program that `add` and `step` may need, so that none compiles later."""
         self._rounds.warmup()
 
-    def embed(self, tokens: Sequence[int], pooling: str = "mean") -> np.ndarray:
+    def embed(self, tokens: Sequence[int], pooling: str = "mean", *, adapter: str | None = None) -> np.ndarray:
         """The final hidden states float32 [D] of a text, the "mean" or the "last", at length 1."""
-        mean, last = self._rounds.embed(tokens)
+        mean, last = self._rounds.embed(tokens, self._adapter(adapter))
         vector = {"mean": mean, "last": last}[pooling]
         return vector / np.linalg.norm(vector)
 

@@ -79,6 +79,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config field, e.g. rope.factor=32"
     )
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a LoRA adapter in PEFT's format; served under its name beside the model, by default DIR's; repeatable",
+    )
     group.add_argument("--allow-unknown-config", action="store_true", help="ignore unknown config attributes")
 
 
@@ -197,6 +204,18 @@ def open_model(args: argparse.Namespace, check: "Callable[[LlamaConfig], None] |
     return checkpoint
 
 
+def named_adapters(args: argparse.Namespace) -> dict[str, str]:
+    """The directories of the adapters by name. Raises ValueError for two of one name."""
+    found: dict[str, str] = {}
+    for text in args.adapter:
+        name, _, directory = text.rpartition("=")
+        name = name or Path(directory).name
+        if name in found:
+            raise ValueError(f"--adapter {text}: there is another {name!r}; name it, as in --adapter other={directory}")
+        found[name] = directory
+    return found
+
+
 def check_weights(args: argparse.Namespace, cfg: "LlamaConfig") -> None:
     """Raise ValueError if the devices do not hold the weights and one token, in the least dtype that a run may take."""
     import jax.numpy as jnp
@@ -214,7 +233,9 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", hosts: "Hosts
     num_tokens; what prompts add is checked by the engine.
     """
     from llama_jax.checkpoint import load_opened, weights_dtype
+    from llama_jax.checkpoint.adapters import load_adapters
 
+    adapters = named_adapters(args)
     hosts.tell("load")
     with _mesh_asked_for(args, checkpoint.cfg) as mesh:
         dtype = weights_dtype(checkpoint, args.dtype)
@@ -222,7 +243,8 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", hosts: "Hosts
         say(describe_run(checkpoint.cfg, mesh, kept, args.checkpoint or "the demo"))
         limit = args.max_seq_len or checkpoint.cfg.max_seq_len
         _check_memory(checkpoint.cfg, mesh, dtype, args.quantize, num_tokens=min(limit, num_tokens))
-        return load_opened(checkpoint, dtype=dtype, layout="layers", quantize=args.quantize)
+        model = load_opened(checkpoint, dtype=dtype, layout="layers", quantize=args.quantize)
+        return load_adapters(model, adapters) if adapters else model
 
 
 def follow(args: argparse.Namespace, hosts: "Hosts") -> None:

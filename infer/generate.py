@@ -132,10 +132,12 @@ def continue_prompts(args: argparse.Namespace, hosts: "Hosts", startup: Startup)
     engine = Engine(
         model, tokenizer, max_seq_len=max_seq_len, steps_per_dispatch=steps, hosts=hosts, speculation=speculation
     )
-    requests = engine.requests([dialog(args.system, text) for text in prompts] if args.chat else prompts, params)
+    adapter = next(iter(engine.adapter_names), None)
+    asked = [dialog(args.system, text) for text in prompts] if args.chat else prompts
+    requests = engine.requests(asked, params, adapter=adapter)
     say(describe_sampling(params))
     if args.conversation:
-        return Conversation(engine, params, system=args.system, startup=startup).run()
+        return Conversation(engine, params, system=args.system, startup=startup, adapter=adapter).run()
     shown = ["" if args.chat or args.prompt_tokens else text for text in prompts]
     if streamed:
         print_stream(engine, requests[0], shown[0])
@@ -150,6 +152,8 @@ def continue_prompts(args: argparse.Namespace, hosts: "Hosts", startup: Startup)
 
 def check_prompt_options(args: argparse.Namespace) -> None:
     """Raise ValueError for options that exclude each other."""
+    if len(args.adapter) > 1:
+        raise ValueError("generate takes one --adapter; infer.serve and infer.batch take several")
     if args.system is not None and not args.chat:
         raise ValueError("--system is the system message of --chat; give both")
     if args.prompt_tokens is not None and (args.prompts or args.prompt_file or args.chat):

@@ -16,10 +16,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-def extend_names(names: list[bytes], tokens: Sequence[int], size: int) -> None:
-    """Add the names of the pages that tokens fill to those of the first of them, which are known."""
+def extend_names(names: list[bytes], tokens: Sequence[int], size: int, *, apart: bytes = b"") -> None:
+    """Add the names of the pages that tokens fill to those of the first of them, which are known.
+
+    apart: what else their keys and values depend on.
+    """
     for start in range(len(names) * size, len(tokens) - size + 1, size):
-        before = names[-1] if names else b""
+        before = names[-1] if names else apart
         page = np.asarray(tokens[start : start + size], np.int32).tobytes()
         names.append(hashlib.blake2b(before + page, digest_size=16).digest())
 

@@ -111,6 +111,8 @@ def print_plan(args: argparse.Namespace, *, served: Mapping[str, Any] | None = N
     """
     if args.draft or args.speculate:
         raise ValueError("--plan plans decoding without --draft and --speculate; leave them out")
+    if args.adapter:
+        raise ValueError("--plan does not count adapters, whose memory is a thousandth; leave --adapter out")
     target = parse_slice(args.plan)
     work = _workload(args, target, served)
     cfg = work.cfg

@@ -107,7 +107,7 @@ class Programs:
         stops = np.full((self.num_rows, NUM_STOPS), -1, np.int32)
         settings = row_settings([SamplingParams()] * self.num_rows, stops=stops)
         off = np.zeros(self.num_rows, np.int32)
-        state = split_rows(self.rules, RowState(off, off, off, settings))
+        state = split_rows(self.rules, RowState(off, off, off, settings, off - 1))
         pages, ahead = self._pools(num_pages, page_size, dtype)
         return Held(pages, state, None, ahead)
 
@@ -136,9 +136,9 @@ class Programs:
         self._history = self._run((self._remember, (self._full_history(), row, prompt, generated), {}))
 
     @led
-    def embed(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[Array, Array]:
+    def embed(self, tokens: np.ndarray, lengths: np.ndarray, adapters: np.ndarray) -> tuple[Array, Array]:
         """Mean and last of the final hidden states float32 [B, D] of texts int32 [B, T]."""
-        return self._run((self._embed, (self.weights, tokens, lengths), {}))
+        return self._run((self._embed, (self.weights, tokens, lengths, adapters), {}))
 
     def _prefill_call(self, prompts: Prompts, batch: Batch, fresh: bool) -> Call:
         return self._prefill, (self.weights, self._holding(batch), prompts, batch), {"fresh": fresh}

@@ -61,17 +61,20 @@ class Request:
         room: int,
         *,
         allowed: np.ndarray | None = None,
+        adapter: int = -1,
     ):
         """Up to room tokens may be added, all or the allowed, bits as in `infer.sampling.token_mask`.
 
-        constraint, where one is set before the request is added, says before each token what may come. Raises
-        ValueError for stop strings without a tokenizer.
+        adapter: the number of the LoRA adapter that continues it, -1: none. constraint, where one is set before
+        the request is added, says before each token what may come. Raises ValueError for stop strings without a
+        tokenizer.
         """
         if params.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         self.result = result
         self.params = params
         self.room = room
+        self.adapter = adapter
         self.constraint: Constraint | None = None
         self._allowed = allowed
         own = frozenset() if tokenizer is None or params.ignore_eos else tokenizer.stop_ids
@@ -95,6 +98,11 @@ class Request:
         """Whether its tokens are chosen with more than the logits and settings of its row, or more is told of them."""
         asked = self.params.logprobs > 0 or self.params.prompt_logprobs is not None
         return asked or self.params.needs_history or self.constraint is not None or self._allowed is not None
+
+    @property
+    def apart(self) -> bytes:
+        """What keys and values of its tokens depend on beside them: its adapter."""
+        return b"" if self.adapter < 0 else self.adapter.to_bytes(4)
 
     def may(self) -> np.ndarray | None:
         """The bits uint32 [ceil(V / 32)] of the tokens that may come next; None if all may."""

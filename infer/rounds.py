@@ -206,7 +206,7 @@ class Rounds:
 
     def _row(self, request: Request) -> Row:
         tokens, whole = list(request.result.prompt_tokens), request.params.prompt_logprobs is not None
-        return Row(tokens, len(tokens) + request.room, request, whole, request.special)
+        return Row(tokens, len(tokens) + request.room, request, whole, request.special, request.apart)
 
     def drop(self, request: Request) -> None:
         """Let it go, done or not; its pages are free at once."""
@@ -389,11 +389,11 @@ class Rounds:
         first, after, held = self.programs.lower(*prefill, decode, **pool)
         return first, after, held.pages
 
-    def embed(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def embed(self, tokens: Sequence[int], adapter: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and last of the final hidden states of a text, float32 [D]."""
-        length = self._batches.length_multiple
-        length = bucket(max(MIN_CHUNK, len(tokens)), self.programs.cfg.max_seq_len, length)
+        length = bucket(max(MIN_CHUNK, len(tokens)), self.programs.cfg.max_seq_len, self._batches.length_multiple)
         rows = np.zeros((self._num_shards, length), np.int32)
         rows[:, : len(tokens)] = tokens
-        mean, last = self._timed(partial(self.programs.embed, rows, np.full(self._num_shards, len(tokens), np.int32)))
+        lengths, adapters = (np.full(self._num_shards, number, np.int32) for number in (len(tokens), adapter))
+        mean, last = self._timed(partial(self.programs.embed, rows, lengths, adapters))
         return np.asarray(mean)[0], np.asarray(last)[0]

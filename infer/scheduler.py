@@ -44,7 +44,7 @@ class Sequence:
     to_fill: its tokens when it was given a row; cached: how many tokens stand in its pages once all that is
     dispatched has run; found: how many of them were there already when it first had a row; in_flight: steps that are
     dispatched, each of which brings a token or more; whole: nothing of it is looked for in the cache; special: its
-    prompt is prefilled alone.
+    prompt is prefilled alone; apart: it shares pages only with those that have the same here.
     """
 
     tokens: list[int]
@@ -52,6 +52,7 @@ class Sequence:
     request: Any = None
     whole: bool = False
     special: bool = False
+    apart: bytes = b""
     shard: int = 0
     row: int = -1
     pages: list[int] = field(default_factory=list)
@@ -162,7 +163,7 @@ class Scheduler:
         """Let others share its pages that are full."""
         if self._share_prefixes:
             size = self.pools[sequence.shard].size
-            extend_names(sequence.names, sequence.tokens[: sequence.cached], size)
+            extend_names(sequence.names, sequence.tokens[: sequence.cached], size, apart=sequence.apart)
             full = sequence.cached // size
             self.pools[sequence.shard].name(sequence.pages[:full], sequence.names[:full])
 
@@ -250,7 +251,7 @@ class Scheduler:
         if not self._share_prefixes or sequence.whole:
             return []
         size = self.pools[0].size
-        extend_names(sequence.names, sequence.tokens, size)
+        extend_names(sequence.names, sequence.tokens, size, apart=sequence.apart)
         return sequence.names[: (len(sequence.tokens) - 1) // size]
 
     def prefilled(self, chunks: List[Chunk]) -> None:

@@ -239,7 +239,9 @@ def make_server(
     engine = Engine(
         model, tokenizer, max_seq_len=args.max_seq_len, hosts=hosts, speculation=speculation, **engine_options(args)
     )
-    names = list(names) or [_name(args.checkpoint)]
+    names = [*(names or [_name(args.checkpoint)]), *engine.adapter_names]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two models have one name: {', '.join(names)}; see --served-model-name and --adapter")
     return Server(engine, tokenizer, Worker(engine, max_waiting=max_waiting), limits, defaults, names)
 
 

@@ -27,6 +27,7 @@ from infer.sampling import (
 )
 from llama_jax.cache import PagedCache
 from llama_jax.kernels.paged import Pages
+from llama_jax.lora import for_rows
 from llama_jax.mesh import ShardingRules
 from llama_jax.model import Llama
 
@@ -47,13 +48,14 @@ class RowState(NamedTuple):
     """Where each row stands and how it goes on.
 
     tokens and positions int32 [R] are those of its last token, left int32 [R] is how many may still come (0:
-    it has ended).
+    it has ended), adapters int32 [R] the number of its LoRA adapter (-1: none).
     """
 
     tokens: Values
     positions: Values
     left: Values
     settings: RowSettings
+    adapters: Values
 
 
 class Batch(NamedTuple):
@@ -115,6 +117,7 @@ def prefill(tree, weights, held: Held, prompts: Prompts, batch: Batch, *, fresh:
     model, guesser = jax.tree.unflatten(tree, weights)
     rules = model.rules
     prompts, batch = split_rows(rules, (prompts, batch))
+    model = for_rows(model, prompts.start.adapters)
     caches = tuple(PagedCache(pages, batch.table, empty=fresh) for pages in held.pages)
     hidden, caches = _extend(model, prompts.tokens, prompts.positions, caches)
     # A masked sum and not a look-up: it leaves a sequence split over `context` where it is.
@@ -140,6 +143,7 @@ def decode(tree, num_steps: int, weights, held: Held, batch: Batch, steps: Array
     rules, width = model.rules, tokens_a_step(guesser)
     batch = split_rows(rules, batch)
     state, history = take_rows(rules, (held.state, held.history), batch.rows)
+    model = for_rows(model, state.adapters)
     caches = opened(model, held.pages, batch.table, often=num_steps * width > 1)
     ahead = guesser and guesser.opened(held.ahead, batch.table)
     choices = _no_choices(rules, len(batch.rows), num_steps * width, history)
@@ -170,10 +174,10 @@ def decode(tree, num_steps: int, weights, held: Held, batch: Batch, steps: Array
     written = {"began": state.positions, "ended": after.positions, "most": num_steps * width}
     pages = closed(held.pages, batch.table, caches, **written)
     ahead = guesser and guesser.closed(held.ahead, batch.table, ahead, **written)
-    # The settings of a row stay as they are.
+    # The settings of a row and its adapter stay as they are.
     before, now = ((*row[:3], history) for row, history in ((held.state, held.history), (after, history)))
     tokens, positions, left, history = put_rows(rules, before, batch.rows, now)
-    state = RowState(tokens, positions, left, held.state.settings)
+    state = held.state._replace(tokens=tokens, positions=positions, left=left)
     return Held(pages, state, history, ahead), *readable((choices, guessed))
 
 
@@ -275,10 +279,11 @@ def remember(rules: ShardingRules, history: History, row: Array, prompt: Array, 
     return run(history, reshard(row, split), prompt, generated)
 
 
-def embed(tree, weights, tokens: Array, lengths: Array) -> tuple[Array, Array]:
-    """Mean and last of the normed outputs [B, D] of texts int32 [B, T] of so many tokens."""
+def embed(tree, weights, tokens: Array, lengths: Array, adapters: Array) -> tuple[Array, Array]:
+    """Mean and last of the normed outputs [B, D] of texts int32 [B, T] of so many tokens, with their adapters."""
     model, _ = jax.tree.unflatten(tree, weights)
-    tokens, lengths = split_rows(model.rules, (tokens, lengths))
+    tokens, lengths, adapters = split_rows(model.rules, (tokens, lengths, adapters))
+    model = for_rows(model, adapters)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden = reshard(model.hidden(tokens, positions), model.rules("batch", None, None)).astype(jnp.float32)
     place = jnp.arange(tokens.shape[1])[None, :, None]

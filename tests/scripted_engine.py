@@ -28,11 +28,13 @@ class ScriptedEngine:
         self.aborted: list[Request] = []
         self.fails: Exception | None = None
         self.thread: int | None = None
+        self.adapter_names: tuple[str, ...] = ()
 
-    def requests(self, prompts, params):
-        return [self._request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+    def requests(self, prompts, params, *, adapter=None):
+        number = -1 if adapter is None else self.adapter_names.index(adapter)
+        return [self._request(prompt, p, number) for prompt, p in zip(prompts, params, strict=True)]
 
-    def _request(self, prompt, params):
+    def _request(self, prompt, params, adapter):
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, bos=True)
         else:
@@ -43,7 +45,7 @@ class ScriptedEngine:
             )
         result = Result(prompt if isinstance(prompt, str) else None, tokens)
         room = min(params.max_new_tokens, self.max_seq_len - len(tokens))
-        return Request(result, params, self.tokenizer, room)
+        return Request(result, params, self.tokenizer, room, adapter=adapter)
 
     @property
     def has_work(self):
@@ -69,7 +71,9 @@ class ScriptedEngine:
             raise self.fails
         while self.queue and len(self.running) < self.max_batch_size:
             request = self.queue.popleft()
-            said = self.tokenizer.encode(self.reply(self.tokenizer.decode(request.result.prompt_tokens)))
+            reply = self.reply(self.tokenizer.decode(request.result.prompt_tokens))
+            by = "" if request.adapter < 0 else f"{self.adapter_names[request.adapter]}: "
+            said = self.tokenizer.encode(by + reply)
             self.running[request] = [*self._special(said), min(self.tokenizer.stop_ids)]
         return [self._advance(request) for request in list(self.running)]
 
@@ -90,9 +94,9 @@ class ScriptedEngine:
             del self.running[request]
         return request, text
 
-    def embed(self, tokens, pooling):
+    def embed(self, tokens, pooling, *, adapter=None):
         vector = np.zeros(8, np.float32)
-        vector[len(tokens) % 8] = 1.0 if pooling == "mean" else -1.0
+        vector[len(tokens) % 8] = 1.0 if pooling == "mean" and adapter is None else -1.0
         return vector
 
     def stats(self):

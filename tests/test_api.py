@@ -172,6 +172,20 @@ def test_models_are_listed_and_an_unknown_one_is_not_found(client):
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
 
 
+def test_an_adapter_is_asked_for_by_its_name(tokenizer):
+    server = make_server(tokenizer)
+    server.engine.adapter_names, server.model_names = ("sql",), ["demo", "sql"]
+    with client_of(server) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["demo", "sql"]
+        for name, text in (("demo", " and so on"), ("sql", "sql:  and so on")):
+            answer = client.post("/v1/completions", json={"prompt": "One", "model": name}).json()
+            assert (answer["model"], answer["choices"][0]["text"]) == (name, text)
+            said = chat(client, "One", model=name).json()["choices"][0]["message"]["content"]
+            assert said.startswith("sql: ") == (name == "sql")
+            vector = client.post("/v1/embeddings", json={"input": "One", "model": name}).json()["data"][0]["embedding"]
+            assert sum(vector) == (1.0 if name == "demo" else -1.0)
+
+
 def test_metrics_count_requests_and_tokens(client):
     chat(client, "Hello")
     page = client.get("/metrics").text

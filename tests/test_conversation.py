@@ -34,7 +34,7 @@ class Parrot:
     def __init__(self):
         self.heard = []
 
-    def requests(self, prompts, params):
+    def requests(self, prompts, params, *, adapter):
         (messages,) = prompts
         tokens = [word for message in messages for word in message["content"].split()]
         if len(tokens) >= self.max_seq_len:

@@ -45,7 +45,8 @@ async def begin(server: Server, body: ChatRequest) -> "Answer":
     prompt = await asyncio.to_thread(dialog_tokens, server, body.messages, tools)
     limit = body.max_completion_tokens or body.max_tokens
     params = server.params(body, limit, logprobs=body.top_logprobs or 0)
-    requests = await server.requests([prompt], params, server.num_choices(body)[1], asked_for(body))
+    choices = server.num_choices(body)[1]
+    requests = await server.requests(body.model, [prompt], params, choices, asked_for(body))
     return Answer(server, body, requests, [tool.function.name for tool in tools])
 
 

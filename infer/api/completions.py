@@ -48,7 +48,7 @@ async def begin(server: Server, body: CompletionRequest) -> "Answer":
     more = {"prompt_logprobs": body.logprobs} if body.echo else {}
     limit = None if body.max_tokens is None else max(body.max_tokens, 1)
     params = server.params(body, limit, logprobs=body.logprobs or 0, **more)
-    return Answer(server, body, await server.requests(prompts, params, made, asked_for(body)), shown, made)
+    return Answer(server, body, await server.requests(body.model, prompts, params, made, asked_for(body)), shown, made)
 
 
 def _prompts(body: CompletionRequest) -> Sequence[Any]:

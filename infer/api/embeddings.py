@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,16 @@ def router(server: Server) -> APIRouter:
             raise ApiError(f"dimensions={body.dimensions}: this model has {width}", param="dimensions")
         with contextlib.ExitStack() as stack:
             stack.enter_context(server.admitted(http))
-            requests = await server.requests(texts, server.defaults, 1)
+            requests = await server.requests(model, texts, server.defaults)
             prompts = [request.result.prompt_tokens for request in requests]
-            pooling = body.pooling or "mean"
+            pooling, adapter = body.pooling or "mean", server.adapter(model)
+
+            def embed(prompt: list[int]) -> np.ndarray:
+                return server.engine.embed(prompt, pooling, adapter=adapter)
 
             async def run() -> list[np.ndarray]:
                 # One at a time, so that the others' tokens go on in between.
-                return [await server.worker.call(lambda p=p: server.engine.embed(p, pooling)) for p in prompts]
+                return [await server.worker.call(partial(embed, prompt)) for prompt in prompts]
 
             vectors = await unless_gone(http, run)
         num_tokens = sum(map(len, prompts))

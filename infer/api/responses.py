@@ -34,7 +34,7 @@ def router(server: Server) -> APIRouter:
             sampling = Sampling(temperature=body.temperature, top_p=body.top_p)
             params = server.params(sampling, body.max_output_tokens)
             build = of_format(body.text.format.as_chat) if body.text else None
-            (request,) = await server.requests([prompt], params, 1, build)
+            (request,) = await server.requests(body.model, [prompt], params, 1, build)
             answer = _Answer(server, body, request)
             if body.stream:
                 return EventStream(answer.events(), stack.pop_all().close)

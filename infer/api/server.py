@@ -53,6 +53,11 @@ class Server:
             code="model_not_found",
         )
 
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter of the model of this name; None for the base's. Raises as `check_model`."""
+        name = self.check_model(name)
+        return name if name in self.engine.adapter_names else None
+
     @contextlib.contextmanager
     def admitted(self, http: HttpRequest, num_requests: int = 1) -> Iterator[None]:
         """A request in flight, counted. Raises ApiError: 401, 429 or 503."""
@@ -119,17 +124,26 @@ class Server:
             raise ApiError(str(error)) from None
 
     async def requests(
-        self, prompts: Sequence[Any], params: SamplingParams, choices: int, build: Build | None = None
+        self,
+        model: str | None,
+        prompts: Sequence[Any],
+        params: SamplingParams,
+        choices: int = 1,
+        build: Build | None = None,
     ) -> list[Request]:
         """Requests for the engine, choices of each prompt with seeds that follow, under the constraint of build.
 
-        Raises ApiError 400.
+        model is the name that the client asks for: that of an adapter brings it in. Raises ApiError 400, or 404 for
+        a model that is not served.
         """
+        adapter = self.adapter(model)
         all_params = [dataclasses.replace(params, seed=(params.seed + i) % 2**32) for i in range(choices)]
 
         def tokenize() -> list[Request]:
             constraint = build(self._grammars()) if build is not None else None
-            requests = [r for prompt in prompts for r in self.engine.requests([prompt] * choices, all_params)]
+            requests = [
+                r for prompt in prompts for r in self.engine.requests([prompt] * choices, all_params, adapter=adapter)
+            ]
             for request in requests:
                 request.constraint = constraint and constraint.copy()
             return requests
