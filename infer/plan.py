@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
 from infer.engine import Engine
@@ -25,11 +24,12 @@ from infer.sampling import SamplingParams
 from llama_jax.config import PRESETS, LlamaConfig, set_field
 from llama_jax.devices import model_name, use_compilation_cache
 from llama_jax.entry import parse_settings, say
-from llama_jax.memory import bytes_a_device, weight_bytes
-from llama_jax.mesh import inference_mesh_spec, legal_tensor_sizes, parse_mesh
+from llama_jax.memory import abstract_model, bytes_a_device, weight_bytes
+from llama_jax.mesh import inference_mesh_spec, legal_tensor_sizes, parse_mesh, use_mesh
 from llama_jax.model import Llama
 from llama_jax.plan import Plan, Terms, capacity, check_directory, gib, plan, rows, sources, table, try_each
 from llama_jax.program import Buffer
+from llama_jax.schemes import Scheme, find_scheme
 from llama_jax.slices import Slice, all_slices, parse_slice, smallest_slice, use_slice
 
 # Context that is planned for where none is asked for and the model has more.
@@ -63,6 +63,12 @@ class Workload:
     context: int
     engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_served: bool = False
+    quantize: str | None = None
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights are quantized."""
+        return None if self.quantize is None else find_scheme(self.quantize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,7 @@ class GenerationPlan:
     mesh: str
     fits: bool
     dtype: str
+    quantize: str | None
     batch: int
     context: int
     hbm_capacity_bytes: int
@@ -114,7 +121,7 @@ def print_plan(args: argparse.Namespace, *, served: Mapping[str, Any] | None = N
     if args.adapter:
         raise ValueError("--plan does not count adapters, whose memory is a thousandth; leave --adapter out")
     target = parse_slice(args.plan)
-    work = _workload(args, target, served)
+    work = dataclasses.replace(_workload(args, target, served), quantize=args.quantize)
     cfg = work.cfg
     check_weights(work, target)
     hlo = Path(args.hlo) if args.hlo else None
@@ -161,8 +168,6 @@ def _workload(args: argparse.Namespace, target: Slice, served: Mapping[str, Any]
 
 def _model(args: argparse.Namespace, target: Slice) -> tuple[LlamaConfig, DTypeLike]:
     """The architecture and the dtype that the run would choose."""
-    if args.quantize is not None:
-        raise ValueError("--plan with --quantize is not built yet; plan without it")
     if args.checkpoint in PRESETS:
         cfg, stored = PRESETS[args.checkpoint], "bfloat16"
         for key, value in parse_settings(args.set).items():
@@ -186,7 +191,10 @@ def check_weights(work: Workload, target: Slice) -> None:
 
 
 def _stored_bytes(work: Workload) -> int:
-    return jnp.dtype(work.dtype).itemsize * work.cfg.num_params()
+    if work.scheme is None:
+        return jnp.dtype(work.dtype).itemsize * work.cfg.num_params()
+    with use_mesh("data=1"):
+        return weight_bytes(work.cfg, work.dtype, work.scheme)
 
 
 def search(work: Workload, target: Slice, *, seconds: float) -> list[tuple[str, GenerationPlan]]:
@@ -231,10 +239,10 @@ def summary(found: GenerationPlan) -> str:
 def plan_generation(work: Workload, target: Slice, mesh: str, *, hlo: Path | None = None) -> GenerationPlan:
     """Compile prefill and decode; hlo is where the text of decode goes, and beside it, as .2, that of prefill."""
     with use_slice(target, mesh):
-        model = abstract_model(work.cfg, work.dtype)
+        model = abstract_model(work.cfg, work.dtype, work.scheme, "layers")
         engine = Engine(model, **{"max_seq_len": work.context, **work.engine})
         say(f"compiling {model_name(work.cfg)}, {work.batch} x {work.context} tokens, {mesh}, for {target}")
-        parts = {"weights": weight_bytes(work.cfg, work.dtype)}
+        parts = {"weights": bytes_a_device(model)}
         if work.is_served:
             prefill, decode, caches = engine.lower_largest(capacity(target) - parts["weights"])
             work = dataclasses.replace(work, context=engine.max_seq_len)
@@ -247,17 +255,11 @@ def plan_generation(work: Workload, target: Slice, mesh: str, *, hlo: Path | Non
         return _generation_plan(work, model, target, first, after, caches=caches)
 
 
-def abstract_model(cfg: LlamaConfig, dtype: DTypeLike) -> Llama:
-    """Shapes and shardings of the weights as the engine is given them, on the ambient mesh."""
-    model = jax.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), layout="layers"))
-    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype), sharding=w.sharding), model)
-
-
 def model_terms(model: Llama, caches: Any) -> Terms:
     """What the arrays of both programs are in terms of the model, known by how many values a device holds of them."""
     names: dict[int, str] = {math.prod(caches[0].k.sharding.shard_shape(caches[0].k.shape)): "a layer's keys or values"}
     for path, leaf in jax.tree.leaves_with_path(model):
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        name = jax.tree_util.keystr(path, simple=True, separator=".").replace(".value", "", 1)
         parts = ["layers" if part.isdecimal() else part for part in name.split(".")]
         names.setdefault(math.prod(leaf.sharding.shard_shape(leaf.shape)), f"a weight {'.'.join(dict.fromkeys(parts))}")
 
@@ -288,6 +290,7 @@ def _generation_plan(
         mesh=decode.mesh,
         fits=prefill.fits and decode.fits,
         dtype=str(caches[0].k.dtype),
+        quantize=work.quantize,
         batch=work.batch,
         context=work.context,
         hbm_capacity_bytes=decode.hbm_capacity_bytes,
@@ -341,7 +344,8 @@ def advice(work: Workload, target: Slice, found: GenerationPlan, *, seconds: flo
 
 def _lines(cfg: LlamaConfig, found: GenerationPlan) -> list[tuple[str, str, str]]:
     where = f"{found.slice}, {found.mesh}"
-    lines = [(where, "", f"{model_name(cfg)} in {found.dtype}, {found.batch} x {found.context:,} tokens")]
+    kind = f"{found.dtype}, weights in {found.quantize}" if found.quantize else found.dtype
+    lines = [(where, "", f"{model_name(cfg)} in {kind}, {found.batch} x {found.context:,} tokens")]
     for name, program in (("prefill", found.prefill), ("decode", found.decode)):
         lines += [(name, "measured", f"compiled in {program.compile_seconds:.0f} s")]
         lines += [(f"  {label}", source, value) for label, source, value in rows(program)]

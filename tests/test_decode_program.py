@@ -18,10 +18,9 @@ NUM_LAYERS = 2
 PROGRAM = r"""
 import dataclasses, json, re, sys
 from infer.engine import Engine
-from infer.plan import abstract_model
 from infer.sampling import SamplingParams
 from llama_jax.config import PRESETS
-from llama_jax.memory import bytes_a_device
+from llama_jax.memory import abstract_model, bytes_a_device
 from llama_jax.program import read_program
 from llama_jax.slices import parse_slice, use_slice
 
@@ -29,7 +28,7 @@ num_layers, cases = map(json.loads, sys.argv[1:])
 for preset, slice_name, mesh, batch, context in cases:
     cfg = dataclasses.replace(PRESETS[preset], num_layers=num_layers)
     with use_slice(parse_slice(slice_name), mesh):
-        model = abstract_model(cfg, "bfloat16")
+        model = abstract_model(cfg, "bfloat16", layout="layers")
         engine = Engine(model, max_seq_len=context, steps_per_dispatch=1)
         params = SamplingParams(max_new_tokens=128)
         _, decode, caches = engine.lower(engine.requests([[0] * (context - 128)] * batch, params))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import infer.plan
 import llama_jax.plan
@@ -245,11 +247,20 @@ def test_generation_plans_the_engines_own_programs(monkeypatch):
     )
     assert found.largest_context == TINY.max_seq_len
     with use_mesh("tensor=2"):
-        model = jax.jit(lambda: infer.plan.Llama(TINY, rngs=infer.plan.nnx.Rngs(0), layout="layers"))()
+        model = jax.jit(lambda: infer.plan.Llama(TINY, rngs=nnx.Rngs(0), layout="layers"))()
         engine = Engine(model, max_seq_len=32)
         engine.generate([[1] * 24] * 2, infer.plan.SamplingParams(max_new_tokens=8))
     run = [compiled.memory_analysis().temp_size_in_bytes for compiled in engine._compiled.values()]
     assert run == [program.compile().memory_analysis().temp_size_in_bytes for program in lowered]
+
+
+def test_quantized_weights_are_planned_with_the_bytes_that_they_take():
+    work = infer.plan.Workload(TINY, "float32", 2, 24, 32, quantize="int8")
+    found = infer.plan.plan_generation(work, CPU8, "tensor=2")
+    narrow = sum(TINY.num_layers * math.prod(shape) for shape in ((128, 64), (2, 32, 64), (64, 128), (3, 64, 160)))
+    floats = 2 * TINY.vocab_size * TINY.embed_dim + (2 * TINY.num_layers + 1) * TINY.embed_dim
+    assert found.weights_bytes == pytest.approx((narrow + 4 * floats) / 2, rel=0.1)  # and their scales
+    assert found.disk_bytes == pytest.approx(narrow + 4 * floats, rel=0.1)
 
 
 def test_a_server_is_planned_with_its_largest_batch_and_pool(monkeypatch):
@@ -260,7 +271,7 @@ def test_a_server_is_planned_with_its_largest_batch_and_pool(monkeypatch):
     found = infer.plan.plan_generation(work, CPU8, "tensor=2")
     assert (found.batch, found.context, found.cache_tokens) == (4, 32, 4 * 32)
     with use_mesh("tensor=2"):
-        model = jax.jit(lambda: infer.plan.Llama(TINY, rngs=infer.plan.nnx.Rngs(0), layout="layers"))()
+        model = jax.jit(lambda: infer.plan.Llama(TINY, rngs=nnx.Rngs(0), layout="layers"))()
         rounds = Engine(model, max_seq_len=32, **options)._rounds  # pyright: ignore[reportArgumentType]
         rounds.open()
         programs, batches = rounds.programs, rounds._batches
