@@ -38,10 +38,20 @@ class _CountedSource:
         return values
 
 
-def convert(src: str, dst: str, *, to: "Format", dtype: str | None = None, num_shards: int = 1, **opening) -> None:
+def convert(
+    src: str,
+    dst: str,
+    *,
+    to: "Format",
+    dtype: str | None = None,
+    num_shards: int = 1,
+    quantize: str | None = None,
+    **opening,
+) -> None:
     """Write the checkpoint src as format `to` into the directory dst, with what lies beside the weights.
 
     dst appears whole or not at all; in an object store the file that makes it a checkpoint comes last.
+    quantize: how the weights of products are rounded, of "hf" a scheme of llama_jax.schemes, of "gguf" q8_0 or q4_0.
     opening: overrides and allow_unknown_config of open_checkpoint.
     Raises ValueError if src is not sound or the format cannot carry its config.
     """
@@ -65,7 +75,9 @@ def convert(src: str, dst: str, *, to: "Format", dtype: str | None = None, num_s
         if to == "hf":
             complete_hf_directory(staged, checkpoint.cfg, {} if checkpoint.format == "hf" else token_ids)
         counted = _CountedSource(source, bar)
-        write_checkpoint(staged, checkpoint.cfg, counted, to=to, metadata=token_ids, num_shards=num_shards)
+        write_checkpoint(
+            staged, checkpoint.cfg, counted, to=to, metadata=token_ids, num_shards=num_shards, quantize=quantize
+        )
 
 
 def _token_ids(directory: Path) -> dict[str, Any]:
@@ -96,6 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("dst", metavar="DST", help="directory to write; must not exist or be empty")
     parser.add_argument("--to", required=True, choices=("hf", "meta", "orbax", "gguf"))
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="cast the weights; default: keep them to the bit")
+    parser.add_argument(
+        "--quantize",
+        metavar="Q",
+        help="--to hf: int8, int8-a8, int4, int4-g128, fp8, ... in compressed-tensors; --to gguf: q8_0 or q4_0",
+    )
     parser.add_argument("--num-shards", type=int, default=1, metavar="N", help="consolidated.NN.pth files of --to meta")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. rope.factor=32")
     parser.add_argument("--allow-unknown-config", action="store_true", help="ignore unknown config attributes")
@@ -106,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         to=args.to,
         dtype=args.dtype,
         num_shards=args.num_shards,
+        quantize=args.quantize,
         overrides=parse_settings(args.set),
         allow_unknown_config=args.allow_unknown_config,
     )

@@ -1,5 +1,6 @@
 """What others publish in few bits: each format as its own library writes it, loaded to the library's own numbers."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 
 import llama_jax
 from llama_jax.checkpoint.formats import open_checkpoint
+from llama_jax.config import LlamaConfig
 from llama_jax.convert import convert
 from tests.reference import hf_logits, hf_model, relative_error, save_hf
 from tests.tiny import TINY
@@ -104,9 +106,9 @@ def test_compressed_tensors_load_to_transformers_own_numbers(tmp_path, kind):
 # The others: the library's own modules in place of a random model's, and the same model with what they stand for
 
 
-def dequantized(weights: dict[str, torch.Tensor]) -> np.ndarray:
+def dequantized(weights: dict[str, torch.Tensor], cfg: LlamaConfig = TINY) -> np.ndarray:
     """Logits of the random model with these matrices."""
-    model = hf_model(TINY)
+    model = hf_model(cfg)
     missing = model.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()}, strict=False)
     assert not missing.unexpected_keys
     return hf_logits(model, TOKENS)
@@ -240,3 +242,53 @@ def test_converting_gives_floats(tmp_path, dtype):
     stored = open_checkpoint(tmp_path / "floats").source.tensors.values()
     assert {spec.dtype.name for spec in stored} == {dtype or "float32"}
     assert relative_error(logits(tmp_path / "floats"), theirs) < (2e-2 if dtype else ROUNDING)
+
+
+# Meta's FP8 shards
+
+
+def test_metas_fp8_shards_load_with_their_scales(tmp_path):
+    cfg = dataclasses.replace(TINY, head_dim=8)  # of all that params.json can say
+    save_hf(hf_model(cfg), tmp_path / "hf")
+    convert(str(tmp_path / "hf"), str(tmp_path / "meta"), to="meta", num_shards=2, overrides={"max_seq_len": 131_072})
+    meant: dict[str, list[torch.Tensor]] = {}
+    names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    for rank in range(2):
+        file, scales = tmp_path / "meta" / f"consolidated.{rank:02d}.pth", {}
+        shard = torch.load(file, weights_only=True)
+        for matrix, ours in names.items():
+            weight = shard[f"layers.1.feed_forward.{matrix}.weight"]
+            scale = weight.abs().amax(1) / 448
+            shard[f"layers.1.feed_forward.{matrix}.weight"] = rounded = (weight / scale[:, None]).to(
+                torch.float8_e4m3fn
+            )
+            scales[f"1_feed_forward.{matrix}_{rank}"] = scale
+            meant.setdefault(f"model.layers.1.mlp.{ours}", []).append(rounded.float() * scale[:, None])
+        torch.save(shard, file)
+        torch.save(scales, tmp_path / "meta" / f"fp8_scales_{rank}.pt")
+    joined = {name: torch.cat(parts, 1 if "down" in name else 0) for name, parts in meant.items()}
+    assert relative_error(logits(tmp_path / "meta"), dequantized(joined, cfg)) < ROUNDING
+    check_slices(open_checkpoint(tmp_path / "meta").source)
+    (tmp_path / "meta" / "fp8_scales_1.pt").unlink()
+    with pytest.raises(ValueError, match="fp8_scales_1.pt is missing, the scales of model.layers.1.mlp.gate_proj"):
+        open_checkpoint(tmp_path / "meta")
+
+
+# Written here, read by compressed-tensors
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("scheme", ["int8", "int8-a8", "int4", "int4-asym", "fp8"])
+def test_compressed_tensors_reads_what_is_written(tmp_path, scheme):
+    model = hf_model(TINY)
+    convert(str(save_hf(model, tmp_path / "floats")), str(tmp_path / "few"), to="hf", quantize=scheme)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "few", quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
+    )
+    source = open_checkpoint(tmp_path / "few").source
+    assert relative_error(logits(tmp_path / "few"), hf_logits(theirs, TOKENS)) < ROUNDING
+    for name, module in linears(model).items():
+        weight, read = module.weight.detach().numpy(), source.read(f"{name}.weight")
+        assert np.array_equal(weight, read) == (scheme == "fp8" and not ("mlp" in name and ".1." in name))
+        step = {"int8": 1 / 127, "int8-a8": 1 / 127, "int4": 1 / 7, "int4-asym": 1 / 7, "fp8": 1 / 14}[scheme]
+        assert np.abs(weight - read).max() <= step / 2 * np.abs(weight).max() * 1.01

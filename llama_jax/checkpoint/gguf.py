@@ -239,6 +239,8 @@ def write_gguf_model(directory: Path, cfg: LlamaConfig, source: Source, *, type_
     """
     dtype = source.tensors["model.embed_tokens.weight"].dtype
     type_name = type_name or next(name for name, other in FLOAT_DTYPES.items() if other == dtype)
+    if type_name not in _FILE_TYPES:
+        raise ValueError(f"GGUF is written in {', '.join(_FILE_TYPES).lower()}, not in {type_name.lower()}")
     if cfg.rope.factor != 1.0 and (cfg.rope.low_freq_factor, cfg.rope.high_freq_factor) != (1.0, 4.0):
         raise ValueError(f"its reader takes low_freq_factor 1 and high_freq_factor 4; the model has {cfg.rope}")
     orders = {

@@ -167,7 +167,14 @@ def _parse_rope(rope: Any, theta: float, allow_unknown: bool) -> RopeConfig:
     return RopeConfig(theta, factor, low_freq, high_freq, rope[_ROPE_KEYS[3]])
 
 
-def write_config(directory: Path, cfg: LlamaConfig, *, dtype: str, token_ids: Mapping[str, Any]) -> None:
+def write_config(
+    directory: Path,
+    cfg: LlamaConfig,
+    *,
+    dtype: str,
+    token_ids: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
     """Write config.json in the form that transformers 4 and 5 and other readers of Llama take.
 
     dtype is the weights' ("bfloat16"). A token id that is not given is written as null, because
@@ -202,5 +209,7 @@ def write_config(directory: Path, cfg: LlamaConfig, *, dtype: str, token_ids: Ma
             "original_max_position_embeddings": cfg.rope.original_max_seq_len,
             "rope_type": "llama3",
         }
+    if quantization is not None:
+        config[_QUANTIZATION] = quantization
     text = json.dumps(config | dict.fromkeys(_TOKEN_IDS) | dict(token_ids), indent=2, sort_keys=True)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
