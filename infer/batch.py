@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from infer.api.server import Server
     from infer.hosts import Hosts
 
-_PATHS = ("/v1/completions", "/v1/chat/completions")
+_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -138,18 +138,11 @@ async def answer(server: "Server", job: dict[str, Any]) -> dict[str, Any]:
     """
     from pydantic import ValidationError
 
-    from infer.api import chat, completions
     from infer.api.answers import new_id
     from infer.api.errors import ApiError
-    from infer.api.schemas import ChatRequest, CompletionRequest
 
     try:
-        if job["url"] == "/v1/completions":
-            found = await completions.begin(server, CompletionRequest.model_validate(job["body"]))
-        else:
-            found = await chat.begin(server, ChatRequest.model_validate(job["body"]))
-        await server.finish(found.requests)
-        status, body = 200, found.whole()
+        status, body = 200, await _answered(server, job["url"], job["body"])
     except ValidationError as error:
         first = error.errors()[0]
         wrong = ApiError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:500])
@@ -160,6 +153,21 @@ async def answer(server: "Server", job: dict[str, Any]) -> dict[str, Any]:
         status, body = error.status, error.body
     response = {"status_code": status, "request_id": new_id("req"), "body": body}
     return {"id": new_id("batch_req"), "custom_id": job["custom_id"], "response": response, "error": None}
+
+
+async def _answered(server: "Server", path: str, body: dict[str, Any]) -> dict[str, Any]:
+    from infer.api import chat, completions, embeddings, responses, schemas
+
+    if path == "/v1/embeddings":
+        return await embeddings.embedded(server, schemas.EmbeddingRequest.model_validate(body))
+    if path == "/v1/completions":
+        found = await completions.begin(server, schemas.CompletionRequest.model_validate(body))
+    elif path == "/v1/responses":
+        found = await responses.begin(server, schemas.ResponsesRequest.model_validate(body))
+    else:
+        found = await chat.begin(server, schemas.ChatRequest.model_validate(body))
+    await server.finish(found.requests)
+    return found.whole()
 
 
 if __name__ == "__main__":

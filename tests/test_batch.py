@@ -42,12 +42,18 @@ def folder(tmp_path, monkeypatch):
 def test_each_line_is_answered_once_as_the_server_would(capsys):
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
     jobs = [job("a"), {"custom_id": "b", "url": "/v1/chat/completions", "body": chat}, job("c", max_tokens=-1)]
+    jobs += [{"custom_id": "d", "url": "/v1/responses", "body": {"input": "Hi", "max_output_tokens": 4}}]
+    jobs += [{"custom_id": "e", "url": "/v1/embeddings", "body": {"input": ["Hi", "you"]}}]
     write("in.jsonl", jobs)
     run("in.jsonl", "out.jsonl")
     answers = {line["custom_id"]: line["response"] for line in read("out.jsonl")}
-    assert {name: answer["status_code"] for name, answer in answers.items()} == {"a": 200, "b": 200, "c": 400}
+    assert {name: answer["status_code"] for name, answer in answers.items()} == {
+        **{"a": 200, "b": 200, "c": 400},
+        **{"d": 200, "e": 200},
+    }
     assert answers["a"]["body"]["usage"]["completion_tokens"] == 4
     assert answers["b"]["body"]["choices"][0]["message"]["role"] == "assistant"
+    assert answers["d"]["body"]["usage"]["output_tokens"] == 4 and len(answers["e"]["body"]["data"]) == 2
     assert "max_tokens" in answers["c"]["body"]["error"]["message"]
     assert "1 of them are answered by an error" in capsys.readouterr().err
 

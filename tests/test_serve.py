@@ -214,7 +214,7 @@ def test_after_the_warm_up_nothing_compiles(tmp_path):
     [
         (["--port", "99999"], "--port 99999: expected 0 to 65535"),
         (["--checkpoint", "nowhere/at/all"], "nowhere/at/all"),
-        (["--max-choices", "0"], "--max-choices must be at least 1"),
+        (["--max-choices", "0"], "--max-choices and --max-new-tokens must be at least 1"),
         (["--timeout", "-1"], "--timeout -1.0: expected 0 or more"),
         (["--api-key-file", "absent"], "absent"),
     ],

@@ -1,7 +1,6 @@
 """POST /v1/embeddings: the final hidden states of a text, as one vector of length 1."""
 
 import base64
-import contextlib
 from functools import partial
 from typing import Any
 
@@ -21,38 +20,35 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, http: HttpRequest) -> dict[str, Any]:
         """Vectors of one text or several: the mean over its tokens, or the last token's."""
-        model, texts = server.check_model(body.model), body.input
-        if isinstance(texts, str) or isinstance(texts[0], int):
-            texts = [texts]
-        width = server.engine.cfg.embed_dim
-        if body.dimensions not in (None, width):
-            raise ApiError(f"dimensions={body.dimensions}: this model has {width}", param="dimensions")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(server.admitted(http))
-            requests = await server.requests(model, texts, server.defaults)
-            prompts = [request.result.prompt_tokens for request in requests]
-            pooling, adapter = body.pooling or "mean", server.adapter(model)
-
-            def embed(prompt: list[int]) -> np.ndarray:
-                return server.engine.embed(prompt, pooling, adapter=adapter)
-
-            async def run() -> list[np.ndarray]:
-                # One at a time, so that the others' tokens go on in between.
-                return [await server.worker.call(partial(embed, prompt)) for prompt in prompts]
-
-            vectors = await unless_gone(http, run)
-        num_tokens = sum(map(len, prompts))
-        return {
-            "object": "list",
-            "data": [
-                {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
-                for i, vector in enumerate(vectors)
-            ],
-            "model": model,
-            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
-        }
+        with server.admitted(http):
+            return await unless_gone(http, lambda: embedded(server, body))
 
     return routes
+
+
+async def embedded(server: Server, body: EmbeddingRequest) -> dict[str, Any]:
+    """The answer to a body. Raises ApiError 400."""
+    model, texts = server.check_model(body.model), body.input
+    if isinstance(texts, str) or isinstance(texts[0], int):
+        texts = [texts]
+    width = server.engine.cfg.embed_dim
+    if body.dimensions not in (None, width):
+        raise ApiError(f"dimensions={body.dimensions}: this model has {width}", param="dimensions")
+    requests = await server.requests(model, texts, server.defaults)
+    prompts = [request.result.prompt_tokens for request in requests]
+    embed = partial(server.engine.embed, pooling=body.pooling or "mean", adapter=server.adapter(model))
+    # One at a time, so that the others' tokens go on in between.
+    vectors = [await server.worker.call(partial(embed, prompt)) for prompt in prompts]
+    num_tokens = sum(map(len, prompts))
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
+            for i, vector in enumerate(vectors)
+        ],
+        "model": model,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
 
 
 def _encoded(vector: np.ndarray, encoding: str | None) -> str | list[float]:

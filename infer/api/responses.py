@@ -30,18 +30,22 @@ def router(server: Server) -> APIRouter:
         """Answer a dialog."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(server.admitted(http))
-            prompt = await asyncio.to_thread(dialog_tokens, server, _messages(body))
-            sampling = Sampling(temperature=body.temperature, top_p=body.top_p)
-            params = server.params(sampling, body.max_output_tokens)
-            build = of_format(body.text.format.as_chat) if body.text else None
-            (request,) = await server.requests(body.model, [prompt], params, 1, build)
-            answer = _Answer(server, body, request)
+            answer = await begin(server, body)
             if body.stream:
                 return EventStream(answer.events(), stack.pop_all().close)
-            await unless_gone(http, lambda: server.finish([request]))
-            return JSONResponse(answer.object())
+            await unless_gone(http, lambda: server.finish(answer.requests))
+            return JSONResponse(answer.whole())
 
     return routes
+
+
+async def begin(server: Server, body: ResponsesRequest) -> "Answer":
+    """The answer that a body asks for, its request not submitted yet. Raises ApiError 400."""
+    prompt = await asyncio.to_thread(dialog_tokens, server, _messages(body))
+    sampling = Sampling(temperature=body.temperature, top_p=body.top_p)
+    params = server.params(sampling, body.max_output_tokens)
+    build = of_format(body.text.format.as_chat) if body.text else None
+    return Answer(server, body, await server.requests(body.model, [prompt], params, 1, build))
 
 
 def _messages(body: ResponsesRequest) -> list[Message]:
@@ -51,16 +55,18 @@ def _messages(body: ResponsesRequest) -> list[Message]:
     return ([Message(role="system", content=body.instructions)] if body.instructions else []) + said
 
 
-class _Answer:
+class Answer:
     """The object that tells of one turn, and the events by which it grows."""
 
-    def __init__(self, server: Server, body: ResponsesRequest, request: Request):
-        self._server, self._body, self._request = server, body, request
+    def __init__(self, server: Server, body: ResponsesRequest, requests: list[Request]):
+        """There is one request."""
+        self._server, self._body, self.requests = server, body, requests
+        (self._request,) = requests
         self._id, self._message_id, self._created = new_id("resp"), new_id("msg"), int(time.time())
         self._model = server.check_model(body.model)
         self._num_events = 0
 
-    def object(self) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """The response as it stands: in progress, completed or cut off."""
         result = self._request.result
         status = {None: "in_progress", "stop": "completed"}.get(result.finish_reason, "incomplete")
@@ -100,16 +106,16 @@ class _Answer:
         """The stream of events, with names and numbers."""
         place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
         try:
-            yield self._event("response.created", response=self.object())
-            yield self._event("response.in_progress", response=self.object())
+            yield self._event("response.created", response=self.whole())
+            yield self._event("response.in_progress", response=self.whole())
             item = self._item("in_progress") | {"content": []}
             yield self._event("response.output_item.added", output_index=0, item=item)
             yield self._event("response.content_part.added", **place, part=_part(""))
-            async with contextlib.aclosing(self._server.stream([self._request])) as deltas:
+            async with contextlib.aclosing(self._server.stream(self.requests)) as deltas:
                 async for delta in deltas:
                     if delta.text:
                         yield self._event("response.output_text.delta", **place, delta=delta.text, logprobs=[])
-            text, whole = self._request.result.text or "", self.object()
+            text, whole = self._request.result.text or "", self.whole()
             yield self._event("response.output_text.done", **place, text=text, logprobs=[])
             yield self._event("response.content_part.done", **place, part=_part(text))
             yield self._event("response.output_item.done", output_index=0, item=whole["output"][0])
