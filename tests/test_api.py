@@ -227,10 +227,26 @@ def test_the_openai_client_works_unchanged(tokenizer):
         assert client.responses.create(model="demo", input="Hello").output_text == " and so on"
         with client.responses.stream(model="demo", input="Hello") as told:
             assert told.get_final_response().output_text == " and so on"
+        asked_and_called(client)
         assert len(client.embeddings.create(model="demo", input="one").data[0].embedding) == 8
         with pytest.raises(openai.BadRequestError, match="too long|no room"):
             client.completions.create(model="demo", prompt=[5] * 600)
         client.close()
+
+
+def asked_and_called(client):
+    """A function is called in /v1/responses, whole and streamed, and its result brought back with the dialog."""
+    tools = [{"type": "function"} | WEATHER["function"]]
+    dialog: list = [{"role": "user", "content": "Weather?"}]
+    answer = client.responses.create(model="demo", input=dialog, tools=tools)
+    with client.responses.stream(model="demo", input=dialog, tools=tools) as told:
+        streamed = told.get_final_response()
+    for (call,) in (answer.output, streamed.output):
+        assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "weather", {"city": "Paris"})
+    said = client.responses.create(model="demo", input="Hello").output
+    result = {"type": "function_call_output", "call_id": answer.output[0].call_id, "output": "12 degrees"}
+    again = client.responses.create(model="demo", input=[*dialog, *answer.output, result, *said], tools=tools)
+    assert again.output[0].type == "function_call"
 
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}

@@ -77,7 +77,7 @@ class Answer:
         choices = []
         for index, request in enumerate(self.requests):
             text = request.result.text or ""
-            calls = self._calls(text)
+            calls = self.calls(text)
             message = {"role": "assistant", "content": None if calls else text, "refusal": None}
             if calls:
                 message["tool_calls"] = calls
@@ -93,13 +93,13 @@ class Answer:
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer as it comes. What may be a call is held back until it is one or is not."""
-        turns = [_Turn(request) for request in self.requests]
+        turns = [Turn(request) for request in self.requests]
         async with contextlib.aclosing(self._server.stream(self.requests)) as deltas:
             for index in range(len(turns)):
                 yield self._chunk(index, {"role": "assistant", "content": ""})
             async for delta in deltas:
                 turn, index = turns[delta.index], delta.index
-                calls = self._calls(turn.request.result.text or "") if delta.finished else []
+                calls = self.calls(turn.request.result.text or "") if delta.finished else []
                 text = "" if calls else turn.release(delta.text, delta.finished, holds_calls=bool(self._tools))
                 if text or self._body.logprobs:
                     logprobs = self._logprobs(turn.request, turn.num_told, delta.num_tokens)
@@ -119,7 +119,8 @@ class Answer:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._head | {"object": "chat.completion.chunk", "choices": [choice]}
 
-    def _calls(self, text: str) -> list[dict[str, Any]]:
+    def calls(self, text: str) -> list[dict[str, Any]]:
+        """The calls that a whole text is."""
         calls = parse_calls(text, self._tools) if self._tools else []
         if self._body.parallel_tool_calls is False:
             calls = calls[:1]
@@ -140,10 +141,11 @@ class Answer:
         return usage(results[:1], results)
 
 
-class _Turn:
+class Turn:
     """How far one turn has been told."""
 
     def __init__(self, request: Request):
+        """Nothing is told yet."""
         self.request, self.num_told = request, 0
         self._held, self._is_text = "", False
 

@@ -114,6 +114,8 @@ class TextPart(Body):
 
     type: Literal["text", "input_text", "output_text", "refusal"]
     text: Text = ""
+    annotations: list[Any] | None = None  # these two come back with what /v1/responses has answered
+    logprobs: list[Any] | None = None
 
 
 class FunctionCall(Body):
@@ -290,20 +292,34 @@ class ResponsesText(Body):
     format: ResponsesFormat
 
 
+class ResponsesToolChoice(Body):
+    """The one function that must be called, as /v1/responses names it."""
+
+    type: Literal["function"]
+    name: Text
+
+
 class ResponsesRequest(Body):
     """POST /v1/responses, without state."""
 
     model: Text | None = None
-    input: Text | Annotated[list["ResponsesMessage"], Field(min_length=1, max_length=4096)]
+    input: Text | Annotated[list["ResponsesItem"], Field(min_length=1, max_length=4096)]
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     text: ResponsesText | None = None
+    tools: Annotated[list["ResponsesTool"], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    previous_response_id: None = None
+    truncation: Literal["disabled"] | None = None
     stream: bool | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     user: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
 
 
 class ResponsesMessage(Body):
@@ -314,3 +330,34 @@ class ResponsesMessage(Body):
     status: Literal["completed", "incomplete", "in_progress"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
+
+
+class ResponsesTool(FunctionSchema):
+    """A function on offer, as /v1/responses has it."""
+
+    type: Literal["function"]
+
+
+class ResponsesCall(Body):
+    """A call that the assistant made."""
+
+    type: Literal["function_call"]
+    call_id: Text
+    name: Text
+    arguments: Text
+    id: Text | None = None
+    status: Literal["completed", "incomplete", "in_progress"] | None = None
+
+
+class ResponsesOutput(Body):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Text | list[TextPart]
+    id: Text | None = None
+    status: Literal["completed", "incomplete", "in_progress"] | None = None
+
+
+ResponsesItem = ResponsesMessage | ResponsesCall | ResponsesOutput
+ResponsesRequest.model_rebuild()
