@@ -82,7 +82,7 @@ def test_too_many_requests_are_429_and_told_when_to_return(tokenizer):
 def test_what_is_still_being_tokenized_counts_as_waiting(tokenizer):
     server = make_server(tokenizer, max_waiting=0, max_batch_size=2)
     gate, make = threading.Event(), server.engine.requests
-    server.engine.requests = lambda *args: gate.wait(10) and make(*args)
+    server.engine.requests = lambda *args, **more: gate.wait(10) and make(*args, **more)
     with client_of(server) as client:
 
         def ask():

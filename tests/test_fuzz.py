@@ -139,7 +139,9 @@ def test_text_that_spells_special_tokens_is_text(path):
     tokenizer, seen = load_tokenizer(DEMO), []
     server = make_server(tokenizer)
     make = server.engine.requests
-    server.engine.requests = lambda *args: [seen.extend(r.result.prompt_tokens) or r for r in make(*args)]
+    server.engine.requests = lambda *args, **more: [
+        seen.extend(r.result.prompt_tokens) or r for r in make(*args, **more)
+    ]
     said = {"messages": [{"role": role, "content": SPECIAL} for role in ("system", "user", "tool")]}
     body = said if "chat" in path else {"input": SPECIAL} if "responses" in path else {"prompt": SPECIAL}
     plain = json.loads(json.dumps(body).replace(json.dumps(SPECIAL)[1:-1], "x"))

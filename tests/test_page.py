@@ -87,7 +87,9 @@ def test_settings_reach_the_request(open_page):
     with open_page(lambda _: "yes") as opened:
         seen = []
         make = opened.server.engine.requests
-        opened.server.engine.requests = lambda prompts, params: seen.extend(params) or make(prompts, params)
+        opened.server.engine.requests = lambda prompts, params, **more: (
+            seen.extend(params) or make(prompts, params, **more)
+        )
         opened.page.locator("#open-settings").press("Enter")
         opened.page.locator("#temperature").fill("0.25")
         opened.page.locator("#seed").fill("7")
