@@ -42,7 +42,7 @@ class Published:
             "model.vocab_size": self.vocab_size,
             "run.mesh": self.mesh,
             "run.remat": "full",
-            "run.loss_chunks": 8 if self.vocab_size < 100_000 else 16,
+            "run.loss_chunks": 2 if self.vocab_size < 100_000 else 6,
             "run.micro_batch_tokens": self.part_tokens,
             "stage.1.batch_tokens": self.rows * self.seq_len,
             "stage.1.phases": [{"seq_len": self.seq_len, "tokens": 10**12}],

@@ -49,7 +49,7 @@ class Training:
     seq_len: int
     mesh: str
     remat: str = "full"
-    loss_chunks: int = 16
+    loss_chunks: int = 6
     micro_batch_tokens: int = 0
     peers: tuple[Published, ...] = ()
 

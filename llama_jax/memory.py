@@ -102,25 +102,33 @@ def _num_blocks_held(length: int) -> float:
 
 
 def training_bytes(
-    cfg: LlamaConfig, dtype: DTypeLike, *, num_rows: int, seq_len: int, loss_chunks: int, moment_dtype: DTypeLike
+    cfg: LlamaConfig,
+    dtype: DTypeLike,
+    *,
+    num_rows: int,
+    seq_len: int,
+    loss_chunks: int,
+    moment_dtype: DTypeLike,
+    offloaded: bool = False,
 ) -> dict[str, int]:
     """The least bytes a device to train num_rows of seq_len tokens on the ambient mesh, computing in dtype.
 
     Weights and their gradients (in bfloat16 these and a copy of the weights) are float32, Adam's two
-    moments in moment_dtype. Of the activations only each layer's input, which no remat policy recomputes,
-    and one chunk of float32 logits are counted.
+    moments in moment_dtype. Of the activations only each layer's input, which no remat policy recomputes
+    (offloaded ones are on the host), and one chunk of float32 logits are counted.
     """
     rules = sharding_rules(cfg)
     weights = weight_bytes(cfg, np.float32)
     num_rows, length = _rounded(num_rows, rules.batch_multiple), _rounded(seq_len, rules.sequence_multiple)
     vocab = _rounded(cfg.vocab_size, rules.vocab_multiple)
-    inputs = cfg.num_layers * _num_held(rules, (num_rows, length, cfg.embed_dim), ("batch", "sequence", None))
+    stream = "sequence" if length % rules.residual_multiple else "residual"
+    inputs = cfg.num_layers * _num_held(rules, (num_rows, length, cfg.embed_dim), ("batch", stream, None))
     logits = _num_held(rules, (num_rows, length, vocab), ("batch", "sequence", "vocab")) // loss_chunks
     return {
         "weights": weights,
         "gradients": weights,
         "optimizer": 2 * weight_bytes(cfg, moment_dtype),
-        "activations": np.dtype(dtype).itemsize * inputs + 4 * logits,
+        "activations": (0 if offloaded else np.dtype(dtype).itemsize * inputs) + 4 * logits,
     }
 
 

@@ -170,23 +170,25 @@ class ShardingRules:
     """Mesh axes of every logical axis, for one model on one mesh; calling it gives a PartitionSpec.
 
     rules("batch", None, "mlp") -> PartitionSpec(("data", "fsdp"), None, ("tensor0",)). Axes of size
-    one are left out, so that on one device every spec is trivial. vocab_multiple is what the rows
+    one are left out, so that on one device every spec is trivial. residual splits the sequence between
+    the blocks of a training step, columns the width of the embedding. vocab_multiple is what the rows
     of the embedding and of the head are padded to; sequence_multiple counts two chunks a device (see
     kernels/two_ended.py).
     """
 
     batch: MeshAxes
     sequence: MeshAxes
+    residual: MeshAxes
     embed: MeshAxes
+    columns: MeshAxes
     kv_heads: MeshAxes
     q_groups: MeshAxes
     mlp: MeshAxes
-    embed_tensor: MeshAxes
     vocab: MeshAxes
-    vocab_rows: MeshAxes
     cache_sequence: MeshAxes
     batch_multiple: int
     sequence_multiple: int
+    residual_multiple: int
     cache_multiple: int
     vocab_multiple: int
 
@@ -227,18 +229,20 @@ def sharding_rules(cfg: LlamaConfig, mesh: Mesh | AbstractMesh | None = None) ->
     return ShardingRules(
         batch=batch,
         sequence=sequence,
+        residual=sequence + tensor,
         embed=embed,
+        columns=dividing(cfg.embed_dim // count(embed))
+        + embed[::-1],  # inner ones are exchanged whenever outer ones are
         kv_heads=kv_heads,
         q_groups=q_groups,
         mlp=dividing(cfg.mlp_dim),
-        embed_tensor=dividing(cfg.embed_dim),
         vocab=tensor,
-        vocab_rows=embed,
         cache_sequence=sequence + q_groups,
         batch_multiple=count(batch),
         sequence_multiple=2 * count(sequence) if sequence else 1,
+        residual_multiple=count(sequence + tensor),
         cache_multiple=count(sequence + q_groups),
-        vocab_multiple=math.lcm(count(embed), size),
+        vocab_multiple=size,
     )
 
 

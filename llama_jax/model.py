@@ -16,31 +16,23 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
-from llama_jax.attention import self_attend
+from llama_jax.attention import mesh_axes, self_attend
 from llama_jax.cache import LayerCache
 from llama_jax.config import LlamaConfig
-from llama_jax.kernels import SAVED_NAME, Tokens
+from llama_jax.kernels import Tokens
 from llama_jax.kernels.two_ended import plain_split, two_ended
 from llama_jax.mesh import ShardingRules, sharding_rules
 from llama_jax.quantize import einsum
+from llama_jax.remat import GATE, KEY, MIDDLE, QUERY, REMAT_POLICIES, RESIDUAL, UP, VALUE
 from llama_jax.rope import rope_angles, rotate
 
 Layout = Literal["stacked", "layers"]
 
 INIT_STDDEV = 0.02
-
-# What the backward pass finds saved of a layer: nothing, the weight products and attention's result, or everything.
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
-    ),
-    "none": jax.checkpoint_policies.everything_saveable,
-}
 
 
 def weight(
@@ -51,7 +43,7 @@ def weight(
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32, out_sharding=rules(*axes)))
 
 
-def token_table(rngs: nnx.Rngs, cfg: LlamaConfig, rules: ShardingRules, axes: Sequence[str]) -> nnx.Param:
+def token_table(rngs: nnx.Rngs, cfg: LlamaConfig, rules: ShardingRules, axes: Sequence[str | None]) -> nnx.Param:
     """A [V, D] table, rows padded with zeros to a multiple that the mesh divides.
 
     Random bits are counted along rows, so the true rows are the same on every mesh.
@@ -66,6 +58,13 @@ def token_table(rngs: nnx.Rngs, cfg: LlamaConfig, rules: ShardingRules, axes: Se
 def padded_vocab(cfg: LlamaConfig, rules: ShardingRules) -> int:
     """Rows of the embedding and of the head in memory."""
     return -(-cfg.vocab_size // rules.vocab_multiple) * rules.vocab_multiple
+
+
+def whole_in_tensor(x: Array, rules: ShardingRules) -> Array:
+    """X [B, T, D] gathered where its sequence is split over `tensor`, as the residual stream may be."""
+    batch, sequence, _ = jax.typeof(x).sharding.spec
+    left = tuple(axis for axis in mesh_axes(sequence) if axis in rules.sequence)
+    return reshard(x, PartitionSpec(batch, left or None, None))
 
 
 def split_like(x: Array, rules: ShardingRules, *axes: str | None) -> PartitionSpec:
@@ -108,12 +107,14 @@ class Attention(nnx.Module):
         self, x: Array, angles: tuple[Array, Array], tokens: Tokens, cache: LayerCache | None
     ) -> tuple[Array, LayerCache | None]:
         """[B, T, D] -> [B, T, D], and the cache with these tokens in it (None without one)."""
+        residual, x = jax.typeof(x).sharding.spec, whole_in_tensor(x, self.rules)
         split = functools.partial(split_like, x, self.rules)
         q = rotate(
             einsum("BTD,KGHD->BTKGH", x, self.wq[...], out_sharding=split("kv_heads", "q_groups", None)), *angles
         )
         k = rotate(einsum("BTD,KHD->BTKH", x, self.wk[...], out_sharding=split("kv_heads", None)), *angles)
         v = einsum("BTD,KHD->BTKH", x, self.wv[...], out_sharding=split("kv_heads", None))
+        q, k, v = checkpoint_name(q, QUERY), checkpoint_name(k, KEY), checkpoint_name(v, VALUE)
         alone = cache is None or cache.empty
         if cache is not None:
             cache = cache.update(k, v, tokens.positions)
@@ -122,7 +123,23 @@ class Attention(nnx.Module):
             out = self_attend(q, reshard(k, whole), reshard(v, whole), tokens=tokens)
         else:
             out = cache.attend(q, tokens.positions)
-        return einsum("BTKGH,KGHD->BTD", out, self.wo[...], out_sharding=split(None)), cache
+        # Split only now, so that the gradient is gathered once, before the products that take it.
+        return reshard(einsum("BTKGH,KGHD->BTD", out, self.wo[...], out_sharding=split(None)), residual), cache
+
+
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up, elementwise."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """Both gradients in one pass; else XLA computes each again within every product that takes it."""
+    _, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *saved)
+    return lax.optimization_barrier(pull(gradient))
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
 class MLP(nnx.Module):
@@ -137,10 +154,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, D]."""
+        residual, x = jax.typeof(x).sharding.spec, whole_in_tensor(x, self.rules)
         split = functools.partial(split_like, x, self.rules)
         gate = einsum("BTD,DF->BTF", x, self.w_gate[...], out_sharding=split("mlp"))
         up = einsum("BTD,DF->BTF", x, self.w_up[...], out_sharding=split("mlp"))
-        return einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, self.w_down[...], out_sharding=split(None))
+        gate, up = checkpoint_name(gate, GATE), checkpoint_name(up, UP)
+        return reshard(einsum("BTF,FD->BTD", swiglu(gate, up), self.w_down[...], out_sharding=split(None)), residual)
 
 
 class Block(nnx.Module):
@@ -157,7 +176,7 @@ class Block(nnx.Module):
     ) -> tuple[Array, LayerCache | None]:
         """[B, T, D] -> [B, T, D], and the cache with these tokens in it (None without one)."""
         attended, cache = self.attention(self.attention_norm(x), angles, tokens, cache)
-        x = x + attended
+        x = checkpoint_name(x + attended, MIDDLE)
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
@@ -180,7 +199,7 @@ class Llama(nnx.Module):
         """A model with fresh weights, born split over the ambient mesh. Raises ValueError if that cannot be."""
         self.cfg = cfg
         self.rules = rules = sharding_rules(cfg) if rules is None else rules
-        self.embedding = token_table(rngs, cfg, rules, ("vocab_rows", "embed_tensor"))
+        self.embedding = token_table(rngs, cfg, rules, (None, "columns"))
         keys = jax.random.split(rngs.params(), cfg.num_layers)
         if layout == "stacked":
             self.layers = jax.vmap(lambda key: Block(cfg, rules, rngs=nnx.Rngs(key)))(keys)
@@ -213,18 +232,18 @@ class Llama(nnx.Module):
                 f"a sequence of {tokens.shape[1]} tokens cannot be split in two ends over `context`; "
                 f"use a multiple of {self.rules.sequence_multiple}"
             )
-        x, angles, where = self._enter(tokens, Tokens(positions, segment_ids))
+        x, angles, where = self._enter(tokens, Tokens(positions, segment_ids), stream="residual")
 
         @functools.partial(jax.checkpoint, policy=REMAT_POLICIES[remat], prevent_cse=False)
         def run(x: Array, layer: Block) -> tuple[Array, None]:
-            return layer(x, angles, where, None)[0], None
+            return layer(checkpoint_name(x, RESIDUAL), angles, where, None)[0], None
 
         if isinstance(self.layers, Block):
             x, _ = jax.lax.scan(run, x, self.layers)
         else:
             for layer in self.layers:
                 x, _ = run(x, layer)
-        return plain_split(self.final_norm(x))
+        return plain_split(whole_in_tensor(self.final_norm(x), self.rules))
 
     def extend(
         self, tokens: Array, positions: Array, caches: Sequence[LayerCache]
@@ -234,22 +253,25 @@ class Llama(nnx.Module):
         Prefill and decode alike. Returns the normed output [B, T, D] and the caches with the tokens
         stored.
         """
-        x, angles, where = self._enter(tokens, Tokens(positions, None))
+        x, angles, where = self._enter(tokens, Tokens(positions, None), stream="sequence")
         extended = []
         for layer, cache in zip(self.blocks(), caches, strict=True):
             x, cache = layer(x, angles, where, cache)
             extended.append(cache)
         return plain_split(self.final_norm(x)), tuple(extended)
 
-    def _enter(self, tokens: Array, where: Tokens) -> tuple[Array, tuple[Array, Array], Tokens]:
-        """Embedded tokens [B, T, D], their angles and where they stand; in two-ended order if T is split."""
-        rules = self.rules
-        if rules.sequence and tokens.shape[1] % rules.sequence_multiple == 0:
+    def _enter(self, tokens: Array, where: Tokens, *, stream: str) -> tuple[Array, tuple[Array, Array], Tokens]:
+        """Embedded tokens [B, T, D], their angles and where they stand; in two-ended order if T is split.
+
+        stream: the logical axis of T in the result, "sequence" or "residual", as far as the mesh divides it.
+        """
+        rules, length = self.rules, tokens.shape[1]
+        sequence = "sequence" if length % rules.sequence_multiple == 0 else None
+        if rules.sequence and sequence:
             whole, num_shards = rules("batch", None), rules.sequence_multiple // 2
             tokens, where = jax.tree.map(lambda ids: two_ended(reshard(ids, whole), num_shards), (tokens, where))
-        x = self.embed(tokens)
-        split = PartitionSpec(*jax.typeof(x).sharding.spec[:2])
-        where = jax.tree.map(lambda ids: reshard(ids, split), where)
+        x = self.embed(tokens, stream if sequence and length % rules.residual_multiple == 0 else sequence)
+        where = jax.tree.map(lambda ids: reshard(ids, rules("batch", sequence)), where)
         return x, rope_angles(self.cfg.rope, self.cfg.head_dim, where.positions), where
 
     def blocks(self) -> list[Block]:
@@ -258,24 +280,40 @@ class Llama(nnx.Module):
             return [jax.tree.map(lambda a, i=i: a[i], self.layers) for i in range(self.cfg.num_layers)]
         return list(self.layers)
 
-    def embed(self, tokens: Array) -> Array:
-        """Rows of the embedding: int32 [B, T] -> [B, T, D]; one token a row is not split over `context`."""
-        sequence = "sequence" if tokens.shape[1] % self.rules.sequence_multiple == 0 else None
-        table, split = self.embedding[...], functools.partial(self.rules, "batch", sequence)
-        tokens = reshard(tokens, split())
-        return reshard(table.at[tokens].get(out_sharding=split("embed_tensor")), split(None))
+    def embed(self, tokens: Array, stream: str | None) -> Array:
+        """Rows of the embedding: int32 [B, T] -> [B, T, D], T split as this logical axis.
+
+        The table is never gathered: each device looks up its columns for all tokens of those that it
+        shares the table with, then they exchange columns for tokens.
+        """
+        table, split = self.embedding[...], self.rules("batch", stream)
+        dims = {axis: dim for dim, part in enumerate(split) for axis in mesh_axes(part)}
+        exchanged = tuple(axis for axis in self.rules.columns if axis in dims)
+        kept = tuple(axis for axis in self.rules.columns if axis not in dims)
+
+        def look_up(table: Array, tokens: Array) -> Array:
+            for axis in exchanged:
+                tokens = lax.all_gather(tokens, axis, axis=dims[axis], tiled=True)
+            # Looked up in float32, so that the gradients of a token's places are added up in it.
+            x = table.astype(jnp.float32)[tokens].astype(table.dtype)
+            for axis in reversed(exchanged):
+                x = lax.all_to_all(x, axis, dims[axis], 2, tiled=True)
+            return x
+
+        run = jax.shard_map(
+            look_up,
+            in_specs=(self.rules(None, "columns"), split),
+            out_specs=PartitionSpec(*split, kept or None),
+        )
+        return reshard(run(table, reshard(tokens, split)), PartitionSpec(*split, None))
 
     def output_table(self) -> Array:
-        """The head [V, D], or the embedding where they are tied, whole in D: what `unembed` multiplies with."""
-        table = self.embedding[...] if self.head is None else self.head[...]
-        return reshard(table, self.rules("vocab", None))
+        """The head [V, D], or the embedding where they are tied, split over `vocab` and `embed`."""
+        return self.head[...] if self.head is not None else reshard(self.embedding[...], self.rules("vocab", "embed"))
 
-    def unembed(self, x: Array, table: Array | None = None) -> Array:
-        """Logits float32 [B, T, V] of normed outputs [B, T, D]; the padding of V has the lowest float.
-
-        table is `output_table()`, given by a caller that gathers it once for many calls.
-        """
-        table = self.output_table() if table is None else table
+    def unembed(self, x: Array) -> Array:
+        """Logits float32 [B, T, V] of normed outputs [B, T, D]; the padding of V has the lowest float."""
+        table = reshard(self.output_table(), self.rules("vocab", None))
         logits = einsum("BTD,VD->BTV", x, table, out_sharding=split_like(x, self.rules, "vocab"), out_dtype=jnp.float32)
         if logits.shape[-1] == self.cfg.vocab_size:
             return logits

@@ -305,9 +305,11 @@ def _count_kernel(program: Program, call: _Instruction, inside: _Computation, ti
     shapes = [dims for kind, dims in operands if kind in ("bf16", "f32") and len(dims) > 2]
     if products and len(shapes) > 1:
         queries, keys = shapes[0], shapes[1]
+        # The keys' sequence, last or last but one, is the longer side: splash has at least 128 of them.
+        num_keys = max(keys[-2:])
         # Splash leaves out what a causal mask hides, and under `context` every device has about half of it, too.
-        causal = 2 if name.startswith("splash") or queries[-2] == keys[-2] else 1
-        program.kernel_flops += times * products * 2 * math.prod(queries) * keys[-2] / causal
+        causal = 2 if name.startswith("splash") or num_keys in queries[-2:] else 1
+        program.kernel_flops += times * products * 2 * math.prod(queries) * num_keys / causal
 
 
 def _num_bytes(instruction: _Instruction) -> int:

@@ -17,7 +17,7 @@ FLOORS = (
         "config mesh paths gguf gguf_tokenizer tokenizer template chat progress slices program devices peers "
         "entry".split()
     ),
-    ("rope", "quantize", "schemes", "rounding", "kernels"),
+    ("rope", "quantize", "schemes", "rounding", "kernels", "remat"),
     ("attention", "cache"),
     ("model",),
     ("lora",),

@@ -229,7 +229,9 @@ def test_muon_takes_the_same_steps_on_any_mesh_with_its_state_split_like_the_wei
 
 
 def test_an_unknown_remat_names_those_that_exist():
-    with pytest.raises(ValueError, match="run.remat='some' is not one of full, dots, none"):
+    with pytest.raises(
+        ValueError, match="run.remat='some' is not one of full, attention, qkv, gate, dots, none, offload"
+    ):
         loss_sum(None, None, remat="some", num_chunks=1)  # pyright: ignore[reportArgumentType]
 
 

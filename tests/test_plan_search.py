@@ -9,8 +9,8 @@ import train.plan
 import train.search
 from benchmarks.plan_table import SERVING, TRAINING, peer_seconds
 from llama_jax.mesh import make_mesh, parse_mesh, sharding_rules
-from llama_jax.model import REMAT_POLICIES
 from llama_jax.plan import Plan, rank, summary, try_each
+from llama_jax.remat import REMAT_POLICIES
 from llama_jax.slices import parse_slice
 from tests.tiny import TINY
 from train.config import DataConfig, PhaseConfig, RunConfig, StageConfig, TrainConfig, read_config
@@ -124,12 +124,13 @@ def test_changes_that_may_make_room_begin_with_the_least():
     config = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, remat="none"))
     phase = config.stage["1"].phases[-1]
     ways = list(train.search.ways_out(config, "1", phase, parse_slice("v4:2x2x1")))
-    assert [text for text, *_ in ways[:3]] == [
+    assert [text for text, *_ in ways[:4]] == [
         "--set run.remat=full",
         "--set run.remat=full --set run.loss_chunks=4",
         "--set run.remat=full --set run.loss_chunks=4 --set run.micro_batch_tokens=16",
+        "--set run.remat=offload --set run.loss_chunks=4 --set run.micro_batch_tokens=16",
     ]
-    assert [str(target) for *_, target in ways] == ["v4:2x2x1"] * 4 + ["v4:2x2x2", "v4:2x2x4", "v4:2x4x4"]
+    assert [str(target) for *_, target in ways] == ["v4:2x2x1"] * 5 + ["v4:2x2x2", "v4:2x2x4", "v4:2x4x4"]
     assert ways[-1][0].endswith("on v4:2x4x4")
 
 

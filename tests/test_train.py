@@ -127,8 +127,11 @@ STEP_CASES = [
     ("data=1", "dots", 4),
     ("fsdp=8", "full", 2),
     ("fsdp=2,tensor=4", "none", 1),
-    ("data=2,context=2,tensor=2", "full", 2),
-    ("tensor=8", "full", 4),
+    ("data=2,context=2,tensor=2", "attention", 2),
+    ("tensor=8", "qkv", 5),  # 131 rows, filled up to 136: 17 a device in parts of 4
+    ("context=4,tensor=2", "offload_qkv", 3),
+    ("fsdp=2,tensor=2", "gate", 1),
+    ("data=1", "offload", 1),
 ]
 
 

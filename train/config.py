@@ -212,8 +212,9 @@ class StageConfig:
 class RunConfig:
     """What a run does beside the mathematics.
 
-    micro_batch_tokens: the most tokens that a device takes at a time, 0 for its share of the whole
-    batch; gradients of the parts are added up in float32.
+    loss_chunks: into how many parts of the vocabulary the loss takes its logits. micro_batch_tokens: the
+    most tokens that a device takes at a time, 0 for its share of the whole batch; gradients of the
+    parts are added up in float32.
     """
 
     seed: int = 0

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec, reshard
@@ -19,25 +18,21 @@ from llama_jax.model import Llama
 from train.data.packing import Batch, heldout_by_source, heldout_rows
 from train.data.shards import TokenDataset
 from train.device import put_batch
-from train.loss import sequence_chunks, token_losses
+from train.loss import token_losses
 
-# Tokens whose logits a device makes at a time: at a vocabulary of 128,256 they are 1 GiB.
+# Tokens that a device takes at a time, or more in as many chunks of the vocabulary: at 128,256 their logits are 1 GiB.
 _TOKENS = 2048
 
 
 @functools.partial(jax.jit, static_argnames=("compute_dtype", "num_chunks"))
 def row_losses(params: Llama, batch: Batch, compute_dtype: DTypeLike, *, num_chunks: int = 1) -> Array:
-    """Cross-entropy float32 [B, T] in nats of every token of a batch, a chunk of the sequence at a time.
+    """Cross-entropy float32 [B, T] in nats of every token of a batch, a chunk of the vocabulary at a time.
 
     Every device gets all of it, so that each process can read it.
     """
     model = jax.tree.map(lambda w: w.astype(compute_dtype), params)
     x = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
-    table = model.output_table()
-    chunks = jax.tree.map(lambda a: sequence_chunks(a, num_chunks), (x, batch.targets))
-    losses = jax.lax.map(lambda chunk: token_losses(model, chunk[0], chunk[1], table), chunks)
-    spec = jax.typeof(batch.targets).sharding.spec
-    losses = jnp.reshape(jnp.moveaxis(losses, 0, 2), batch.targets.shape, out_sharding=spec)
+    losses, _ = token_losses(model, x, batch.targets, num_chunks=num_chunks)
     return reshard(losses, PartitionSpec(None, None))
 
 
@@ -66,7 +61,7 @@ def losses_by_source(
 def _mean_losses(params: Llama, rows: Batch, compute_dtype: DTypeLike) -> np.ndarray:
     """Mean loss over the rows at each position, float64 [T]."""
     seq_len = rows.tokens.shape[1]
-    num_chunks = math.gcd(seq_len // params.rules.sequence_multiple, max(1, seq_len // _TOKENS))
+    num_chunks = max(1, seq_len // _TOKENS)
     total = np.zeros(seq_len)
     for part, size in equal_batches(rows, params.rules):
         losses = row_losses(params, put_batch(part, params.rules), compute_dtype, num_chunks=num_chunks)

@@ -164,7 +164,8 @@ def model_terms(config: TrainConfig, stage: str, phase: PhaseConfig, params: Lla
     num_parts = num_micro_batches(num_rows, phase.seq_len, config.run.micro_batch_tokens, rules)
     splits = rules.batch_multiple * math.prod(sizes[axis] for axis in rules.sequence)
     tokens = num_rows * phase.seq_len // (splits * num_parts)
-    names = {padded_vocab(cfg, rules) // tensor * tokens // config.run.loss_chunks: "logits of a chunk of the loss"}
+    rows = -(-padded_vocab(cfg, rules) // tensor // config.run.loss_chunks)
+    names = {rows * tokens: "logits of a chunk of the loss"}
     for count, name in _activations(cfg, tokens, tensor):
         names.setdefault(count, f"{name} of a layer")
         names.setdefault(cfg.num_layers * count, f"{name}, saved of every layer")
@@ -187,7 +188,7 @@ def _activations(cfg: LlamaConfig, tokens: int, tensor: int) -> Iterator[tuple[i
     """Counts of values that a device holds of each activation of a layer."""
     yield tokens * cfg.embed_dim, "residual stream"
     if tensor > 1:
-        yield tokens * cfg.embed_dim // tensor, "residual stream, split over tensor,"
+        yield tokens * cfg.embed_dim // tensor, "residual stream, split over tensor"
     yield tokens * cfg.mlp_dim // tensor, "gate or up"
     yield tokens * cfg.num_heads * cfg.head_dim // tensor, "queries or attention's result"
     yield tokens * cfg.num_kv_heads * cfg.head_dim // tensor, "keys or values"

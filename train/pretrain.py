@@ -103,6 +103,7 @@ def _check_memory(config: TrainConfig, stage: str) -> None:
             seq_len=phase.seq_len,
             loss_chunks=run.loss_chunks,
             moment_dtype=config.optimizer.moment_dtype,
+            offloaded=run.remat.startswith("offload"),
         )
         what = f"training {model_name(model)} at seq_len {phase.seq_len}"
         check_fit(what, needs, get_mesh().devices.flat, ways=WAYS)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from llama_jax.config import LlamaConfig
 from llama_jax.entry import say
 from llama_jax.mesh import legal_tensor_sizes, parse_mesh
-from llama_jax.model import REMAT_POLICIES
 from llama_jax.plan import Plan, gib, rank, summary, try_each
+from llama_jax.remat import REMAT_POLICIES
 from llama_jax.slices import Slice, all_slices, smallest_slice
 from train.config import PhaseConfig, TrainConfig
 
@@ -185,9 +185,9 @@ def ways_out(
 ) -> Iterator[tuple[str, TrainConfig, Slice]]:
     """Changes that may make a phase fit, what changes least first: settings as text, the config, the slice."""
     run, sets = config.run, {}
-    chunks = 4 * run.loss_chunks if phase.seq_len % (4 * run.loss_chunks) == 0 else run.loss_chunks
     a_row = min(run.micro_batch_tokens or phase.seq_len, phase.seq_len)
-    for key, value in {"remat": "full", "loss_chunks": chunks, "micro_batch_tokens": a_row}.items():
+    changes = [("remat", "full"), ("loss_chunks", 4 * run.loss_chunks), ("micro_batch_tokens", a_row)]
+    for key, value in [*changes, ("remat", "offload")]:
         if getattr(run, key) != value:
             sets[key] = value
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, **{key: value}))

@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, SegmentIds
+from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, QKVLayout, SegmentIds
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
     DEFAULT_MASK_VALUE,
     SplashAttentionKernel,
@@ -56,12 +56,16 @@ def splash_attention(
 def _causal_kernel(places: Array, num_keys: int, *, interpret: bool) -> SplashAttentionKernel:
     """The kernel of queries at these places, int32 [T], over num_keys keys."""
     block_q, block_kv = math.gcd(BLOCK, len(places)), math.gcd(BLOCK, num_keys)
+    # The products before it leave q, k and v with the sequence along the lanes: read so, they are not copied.
+    layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), QKVLayout.SEQ_MINOR)
     by_queries, by_keys = _causal_blocks(places, num_keys, block_q, block_kv)
     return SplashAttentionKernel(
         by_queries,
         by_queries,
         by_keys,
-        block_sizes=BlockSizes(*(block_q, block_kv, block_kv), *(block_q, block_kv, block_kv), *(block_q, block_kv)),
+        block_sizes=BlockSizes(
+            *(block_q, block_kv, block_kv), *(block_q, block_kv, block_kv), *(block_q, block_kv), **layouts
+        ),
         is_mqa=False,
         save_residuals=False,
         mask_value=DEFAULT_MASK_VALUE,
