@@ -14,6 +14,8 @@ from infer import generate, serve
 from infer.engine import Engine
 from infer.entry import named_adapters
 from infer.sampling import SamplingParams
+from infer.sizes import CacheOptions
+from infer.speculation import Ngrams
 from llama_jax.checkpoint.adapters import load_adapters, read_adapter
 from llama_jax.lora import adapter_names
 from tests.reference import hf_model, save_hf
@@ -60,6 +62,15 @@ def adapted(saved, mesh="data=1"):
         return load_adapters(llama_jax.load(base, layout="layers"), directories)
 
 
+def short_chunks(model):
+    return Engine(model, max_batch_size=8, cache=CacheOptions(prefill_chunk=16))
+
+
+@pytest.fixture(scope="module")
+def engine(saved):
+    return short_chunks(adapted(saved))
+
+
 def theirs(saved, adapter):
     base = hf_model(SMALL)
     return (base if adapter is None else PeftModel.from_pretrained(base, saved[1][adapter])).eval()
@@ -77,8 +88,7 @@ def tokens_of(engine, requests):
     return [request.result.tokens for request in requests]
 
 
-def test_rows_of_one_batch_get_the_tokens_of_their_own_adapters_in_peft(saved):
-    engine = Engine(adapted(saved), prefill_chunk=16)
+def test_rows_of_one_batch_get_the_tokens_of_their_own_adapters_in_peft(saved, engine):
     requests, names = mixed(engine)
     found = tokens_of(engine, requests)
     assert len({tuple(tokens) for tokens in found[: len(names) // 2]}) == len(ADAPTERS) + 1  # each shows
@@ -94,17 +104,17 @@ def test_rows_of_one_batch_get_the_tokens_of_their_own_adapters_in_peft(saved):
 
 
 @pytest.mark.parametrize("mesh", ["data=2,tensor=4", "context=2"])
-def test_meshes_give_the_same_tokens(saved, mesh):
-    alone, split = (Engine(adapted(saved, m), prefill_chunk=16) for m in ("data=1", mesh))
-    assert tokens_of(split, mixed(split)[0]) == tokens_of(alone, mixed(alone)[0])
+def test_meshes_give_the_same_tokens(saved, engine, mesh):
+    split = short_chunks(adapted(saved, mesh))
+    assert tokens_of(split, mixed(split)[0]) == tokens_of(engine, mixed(engine)[0])
 
 
-def test_generate_takes_an_adapter(saved, capsys):
+def test_generate_takes_an_adapter(saved, engine, capsys):
     base, directories = saved
     options = ["--checkpoint", str(base), "--mesh", "data=1", "--json"]
     options += ["--prompt-tokens", "5,3,9", "--max-new-tokens", "5"]
     generate.main([*options, "--adapter", str(directories["all"])])
-    (expected,) = Engine(adapted(saved)).generate([[5, 3, 9]], SamplingParams(max_new_tokens=5), adapter="all")
+    (expected,) = engine.generate([[5, 3, 9]], SamplingParams(max_new_tokens=5), adapter="all")
     assert json.loads(capsys.readouterr().out)["tokens"] == expected.tokens
     with pytest.raises(ValueError, match="takes one --adapter"):
         generate.main([*options, "--adapter", "a", "--adapter", "b"])
@@ -117,10 +127,9 @@ def test_adapters_have_names_of_their_own():
         named_adapters(serve.parse_args(["--adapter", "runs/a", "--adapter", "x/a"]))
 
 
-def test_a_row_without_an_adapter_has_the_base_s_numbers_to_the_bit(saved):
+def test_a_row_without_an_adapter_has_the_numbers_of_the_base(saved, engine):
     with llama_jax.use_mesh("data=1"):
-        base = Engine(llama_jax.load(saved[0], layout="layers"))
-    engine = Engine(adapted(saved))
+        base = short_chunks(llama_jax.load(saved[0], layout="layers"))
     requests, names = mixed(engine)
     tokens_of(engine, requests)
     plain = [request.result for request, name in zip(requests, names, strict=True) if name is None]
@@ -129,8 +138,8 @@ def test_a_row_without_an_adapter_has_the_base_s_numbers_to_the_bit(saved):
         assert result.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
 
 
-def test_prompts_share_pages_only_under_the_same_adapter(saved):
-    engine, found = Engine(adapted(saved), max_batch_size=4), []
+def test_prompts_share_pages_only_under_the_same_adapter(engine):
+    found = []
     prompt = [i % SMALL.vocab_size for i in range(300)]
     for name in ("all", "attention", None, "all"):
         (request,) = engine.requests([prompt], SamplingParams(max_new_tokens=2), adapter=name)
@@ -141,8 +150,7 @@ def test_prompts_share_pages_only_under_the_same_adapter(saved):
     assert found == [False, False, False, True]
 
 
-def test_embeddings_follow_the_adapter(saved):
-    engine = Engine(adapted(saved))
+def test_embeddings_follow_the_adapter(saved, engine):
     for name in (None, "all"):
         with torch.no_grad():
             model, ids = theirs(saved, name), torch.tensor([PROMPTS[1]])
@@ -151,10 +159,23 @@ def test_embeddings_follow_the_adapter(saved):
         np.testing.assert_allclose(found, hidden / np.linalg.norm(hidden), atol=1e-5)
 
 
-def test_an_engine_knows_its_adapters(saved):
-    model = adapted(saved)
-    engine = Engine(model)
-    assert adapter_names(model) == engine.adapter_names == tuple(ADAPTERS)
+def test_a_base_in_few_bits_takes_adapters(saved, engine):
+    with llama_jax.use_mesh("data=1"):
+        narrow = load_adapters(llama_jax.load(saved[0], layout="layers", quantize="int8"), saved[1])
+    found, plain, base = (
+        one.embed(PROMPTS[1], adapter=name)
+        for one, name in ((short_chunks(narrow), "all"), (engine, "all"), (engine, None))
+    )
+    assert found @ plain > 0.999 > base @ plain  # cosines: int8 rounds to a hundredth
+
+
+def test_tokens_guessed_ahead_change_nothing(saved, engine):
+    guessing = Engine(adapted(saved), max_batch_size=8, speculation=Ngrams(num_tokens=2))
+    assert tokens_of(guessing, mixed(guessing)[0]) == tokens_of(engine, mixed(engine)[0])
+
+
+def test_an_engine_knows_its_adapters(saved, engine):
+    assert adapter_names(adapted(saved)) == engine.adapter_names == tuple(ADAPTERS)
     with pytest.raises(ValueError, match="no adapter 'sql'; there is all, attention, uneven"):
         engine.generate([PROMPTS[0]], GREEDY, adapter="sql")
 

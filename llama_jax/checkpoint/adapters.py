@@ -111,7 +111,7 @@ def load_adapters(model: Llama, adapters: Mapping[str, str | Path]) -> Llama:
     and for one that was made for a model of other shapes.
     """
     found = {name: read_adapter(directory) for name, directory in adapters.items()}
-    leaves, tree = jax.tree.flatten_with_path(model, is_leaf=_is_weight)
+    leaves, tree = jax.tree.flatten_with_path(model, is_leaf=_is_quantized)
     dtype, names, adapted = model.embedding[...].dtype, set[str](), []
     for path, leaf in leaves:
         weights, stacked = stored_weights(jax.tree_util.keystr(path, simple=True, separator="."), model.cfg.num_layers)
@@ -128,8 +128,8 @@ def load_adapters(model: Llama, adapters: Mapping[str, str | Path]) -> Llama:
     return jax.tree.unflatten(tree, adapted)
 
 
-def _is_weight(leaf: Any) -> bool:
-    return hasattr(leaf, "product")
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedArray)
 
 
 def _adapted(
