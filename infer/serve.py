@@ -142,7 +142,7 @@ def http_config(args: argparse.Namespace, server: "Server") -> "uvicorn.Config":
     from infer.api.connection import guarded
 
     warm_up = server.engine.warmup if args.warmup else None
-    app = make_app(server, root_path=args.root_path, warm_up=warm_up, grace_seconds=args.grace)
+    app = make_app(server, warm_up=warm_up, grace_seconds=args.grace)
     if args.cors_origin:
         from fastapi.middleware.cors import CORSMiddleware
 
@@ -151,6 +151,7 @@ def http_config(args: argparse.Namespace, server: "Server") -> "uvicorn.Config":
     return uvicorn.Config(
         app,
         http=guarded(AutoHTTPProtocol),
+        root_path=args.root_path,
         access_log=False,
         log_level="warning",
         timeout_graceful_shutdown=grace,

@@ -234,3 +234,34 @@ def test_a_port_that_is_taken_is_one_line(address):
     assert re.search(
         rf"^error: --host 127.0.0.1 --port {port}: Address already in use; name another$", done.stderr, re.M
     )
+
+
+def test_a_proxy_and_one_other_site_may_be_in_front():
+    from starlette.testclient import TestClient
+
+    from llama_jax.tokenizer import load_tokenizer
+    from tests.scripted_server import DEMO, make_server
+
+    args = serve.parse_args(["--root-path", "/llama", "--cors-origin", "https://chat.example"])
+    config = serve.http_config(args, make_server(load_tokenizer(DEMO)))
+    with TestClient(config.app, root_path=config.root_path) as client:
+        assert client.get("/llama/openapi.json").json()["servers"] == [{"url": "/llama"}]
+        allowed = client.get("/llama/v1/models", headers={"Origin": "https://chat.example"})
+        assert allowed.json()["data"][0]["id"] == "demo"
+        assert allowed.headers["access-control-allow-origin"] == "https://chat.example"
+        other = client.get("/llama/v1/models", headers={"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+    args = serve.parse_args([])
+    with TestClient(serve.http_config(args, make_server(load_tokenizer(DEMO))).app) as client:
+        assert "access-control-allow-origin" not in client.get("/", headers={"Origin": "https://chat.example"}).headers
+
+
+def test_a_server_that_was_killed_starts_again_on_its_port():
+    with serve.bound("127.0.0.1", 0) as first:
+        first.listen()
+        port = first.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            first.accept()[0].close()  # the connection lingers in the kernel, as after a kill
+    with serve.bound("127.0.0.1", port) as again:
+        again.listen()
+        assert again.getsockname()[1] == port

@@ -33,7 +33,6 @@ PAGE_POLICY = (  # what it has in itself, requests to this server, and nothing e
 def make_app(
     server: Server,
     *,
-    root_path: str = "",
     warm_up: Callable[[], None] | None = None,
     grace_seconds: float = 30.0,
 ) -> FastAPI:
@@ -52,7 +51,6 @@ def make_app(
     app = FastAPI(
         title="llama_jax",
         version=llama_jax.__version__,
-        root_path=root_path,
         lifespan=life,
         docs_url=None,
         redoc_url=None,
