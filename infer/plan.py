@@ -30,7 +30,7 @@ from llama_jax.model import Llama
 from llama_jax.plan import Plan, Terms, capacity, check_directory, gib, plan, rows, sources, table, try_each
 from llama_jax.program import Buffer
 from llama_jax.schemes import Scheme, find_scheme
-from llama_jax.slices import Slice, all_slices, parse_slice, smallest_slice, use_slice
+from llama_jax.slices import Slice, all_slices, open_slice, parse_slice, smallest_slice, use_slice
 
 # Context that is planned for where none is asked for and the model has more.
 CONTEXT = 8192
@@ -200,8 +200,9 @@ def _stored_bytes(work: Workload) -> int:
 def search(work: Workload, target: Slice, *, seconds: float) -> list[tuple[str, GenerationPlan]]:
     """Plans of the mesh that a run would take and of others, within about so many seconds, the best first.
 
-    Raises ValueError if none has room for weights and cache.
+    Raises ValueError if none has room for weights and cache, and as `open_slice` does.
     """
+    open_slice(target)  # its errors are no reason to try another mesh
     weights, most = _stored_bytes(work), target.chip.hbm_bytes or math.inf
     own = parse_mesh(inference_mesh_spec(work.cfg, target.num_chips, target.chips_per_host), target.num_chips)
     slices = 1 if target.is_gpu else target.num_slices

@@ -33,7 +33,6 @@ for preset, slice_name, mesh, batch, context in cases:
         params = SamplingParams(max_new_tokens=128)
         _, decode, caches = engine.lower(engine.requests([[0] * (context - 128)] * batch, params))
         program = decode.compile()
-    attention = [layer.attention for layer in model.layers]
     memory, text = program.memory_analysis(), program.as_text()
     exchanges = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     print(json.dumps({
@@ -41,10 +40,9 @@ for preset, slice_name, mesh, batch, context in cases:
         "temporaries": memory.temp_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
         "weights": bytes_a_device(model),
-        "queries_keys_values": sum(bytes_a_device((layer.wq, layer.wk, layer.wv)) for layer in attention),
         "cache": bytes_a_device(caches),
         "collectives": len(re.findall(rf" (?:{exchanges})(?:-start)?\(", text)),
-        "logits": 4 * batch * cfg.vocab_size,
+        "logits": 4 * max(batch, 2) * cfg.vocab_size,
     }))
 """
 
@@ -77,17 +75,16 @@ def programs() -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_neither_the_cache_nor_a_weight_is_copied_but_for_the_order_of_queries_keys_and_values(programs, name):
-    found = programs[name]
-    # Beside these a few copies of the logits, which sampling makes.
-    assert found["copied"] <= found["queries_keys_values"] + 4 * found["logits"]
-    assert found["copied"] < found["cache"]
+def test_neither_the_cache_nor_a_weight_is_copied(programs, name):
+    # But the logits, a few times, for sampling.
+    assert programs[name]["copied"] <= 4 * programs[name]["logits"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_temporaries_are_a_few_copies_of_the_logits(programs, name):
     found = programs[name]
-    assert found["temporaries"] <= found["queries_keys_values"] + 8 * found["logits"]
+    # And what is read ahead of weights.
+    assert found["temporaries"] <= 8 * found["logits"] + 8 * 2**20
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,6 +18,7 @@ from flax import nnx
 
 import infer.plan
 import llama_jax.plan
+import llama_jax.slices
 import train.plan
 from infer.batch import main as batch
 from infer.engine import Engine
@@ -333,6 +334,13 @@ def test_slices_of_tpus_exchange_each_devices_own_array_over_the_data_centers_ne
     devices = [SimpleNamespace(coords=(0, 0, 0))] * 2
     seconds = collective_seconds(Collective("all-reduce", (), True, across=True), 1e9, devices, target)
     assert seconds == pytest.approx(2 * 1e9 / 2 / 6.25e9)
+
+
+@pytest.mark.parametrize("entry", [generate, serve])
+def test_without_libtpu_the_command_that_installs_it_is_named(entry, monkeypatch):
+    monkeypatch.setattr(llama_jax.slices.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps libtpu"):
+        entry(["--checkpoint", "llama3.1-8b", "--plan", "v4:2x2x1"])
 
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
