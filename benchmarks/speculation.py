@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--num-draft-tokens", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--texts", nargs="+", choices=PROMPTS, default=list(PROMPTS))
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     where, tokenizer = environment(), load_tokenizer(args.checkpoint)
@@ -56,7 +57,7 @@ def main() -> None:
     cache = CacheOptions(share_prefixes=False)  # each round computes its prompts
     engines = {name: Engine(model, cache=cache, speculation=guesser) for name, guesser in guessers.items()}
     rows = []
-    for text, num_rows in ((text, n) for text in PROMPTS for n in args.rows):
+    for text, num_rows in ((text, n) for text in args.texts for n in args.rows):
         prompts = [tokenizer.encode(PROMPTS[text], bos=True)] * num_rows
         found = {name: [] for name in engines}
         for _ in range(1 + args.repeats):

@@ -112,13 +112,15 @@ def alone():
     return lambda prompt, **settings: engine.generate(prompt, SamplingParams(**settings))[0].text
 
 
-def test_two_processes_continue_what_is_piped_to_the_first_as_one_does(alone, tmp_path):
-    options = ("--json", "--max-new-tokens", "12", "--temperature", "1", "--top-p", "1", "--seed", "3")
+@pytest.mark.parametrize("guesses", [(), ("--draft", str(DEMO), "--num-draft-tokens", "2")], ids=["plain", "draft"])
+def test_two_processes_continue_what_is_piped_to_the_first_as_one_does(alone, tmp_path, guesses):
+    options = ("--json", "--max-new-tokens", "12", "--temperature", "1", "--top-p", "1", "--seed", "3", *guesses)
     with running(tmp_path, "infer.generate", *SMALL, *options, "--mesh", "tensor=2", stdin="import os\n\n") as run:
         assert run.statuses() == [0, 0], [run.said(process) for process in range(2)]
     *_, line = run.printed.read_text().splitlines()  # gloo prints lines of its own
-    text = json.loads(line)["text"]
-    assert text == alone("import os\n\n", max_new_tokens=12, temperature=1.0, seed=3)
+    result = json.loads(line)
+    assert (result["accepted_tokens"] > 4) == bool(guesses)
+    assert result["text"] == alone("import os\n\n", max_new_tokens=12, temperature=1.0, seed=3)
 
 
 def test_two_processes_serve_as_one_does_and_a_signal_to_any_lets_what_runs_end(alone, tmp_path):

@@ -8,6 +8,8 @@ import transformers
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import llama_jax
+from infer.engine import Engine
+from infer.entry import DEMO
 from infer.sampling import (
     SamplingParams,
     empty_history,
@@ -19,6 +21,7 @@ from infer.sampling import (
     sample,
     token_mask,
 )
+from llama_jax.tokenizer import load_tokenizer
 from tests.reference import hf_model, save_hf
 from tests.tiny import TINY
 
@@ -222,3 +225,30 @@ def test_texts_equal_transformers_generate(pair, settings, theirs):
         end = next((i + 1 for i, token in enumerate(text) if token in stops), len(text))
         assert text[:end] == other[:end]
         assert end >= settings.get("min_new_tokens", len(text))
+
+
+@pytest.mark.parametrize("stop", ["return", " path", ":\n", "elf.", "\n\n"], ids=repr)
+def test_stop_strings_end_texts_where_transformers_does(demo, stop):
+    theirs, tokenizer, engine = demo
+    prompt = engine.tokenizer.encode("class Reader:\n    def __init__(self, path):\n", bos=True)
+    with torch.no_grad():
+        output = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=48, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
+        )
+    expected = output[0, len(prompt) :].tolist()
+    (result,) = engine.generate(prompt, SamplingParams(max_new_tokens=48, stop=(stop,)))
+    assert result.tokens == expected
+    text = tokenizer.decode(expected)
+    assert result.text == (text[: text.find(stop)] if stop in text else text)
+    assert (result.finish_reason == "stop") == (stop in text)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo in transformers, its tokenizer there, and our engine with it."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
+    with llama_jax.use_mesh("data=1"):
+        model = llama_jax.load(DEMO, dtype="float32", layout="layers")
+    return theirs, tokenizer, Engine(model, load_tokenizer(DEMO), max_batch_size=1)
