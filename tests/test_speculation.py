@@ -81,7 +81,7 @@ def checked(params: SamplingParams, guesses: np.ndarray) -> np.ndarray:
         settings = jax.tree.map(lambda x: np.repeat(x, NUM, axis=0), row_settings([params]))
         settings = settings._replace(seed=np.arange(NUM, dtype=np.uint32))
         ones = np.ones(NUM, np.int32)
-        state = RowState(ones, ones, 9 * ones, settings)
+        state = RowState(ones, ones, 9 * ones, settings, -ones)
         history = forget(empty_history(1, 6), 0, np.array(PROMPT))
         history = History(*(np.repeat(x, NUM, axis=0) for x in history)) if params.needs_history else None
         mask = token_mask(params, 6)
