@@ -47,9 +47,9 @@ BYTES_PER_VALUE = 4
 
 
 def variant_config(variant: str, seed: int, tokens: int) -> TrainConfig:
-    """The demo's run with one stage-1 phase of so many tokens and the values of a variant."""
+    """The demo's run with one stage-1 phase of so many tokens of text alone and the values of a variant."""
     phases = [{"seq_len": SEQ_LEN, "tokens": tokens}]
-    return read_config("demo", {**VARIANTS[variant], "run.seed": seed, "stage.1.phases": phases})
+    return read_config("demo", {**VARIANTS[variant], "run.seed": seed, "data.mixture": {}, "stage.1.phases": phases})
 
 
 def variant_model(variant: str) -> LlamaConfig:

@@ -25,6 +25,13 @@ def test_no_mixture_is_every_source_by_its_tokens():
     assert mixture_shares({}, TOKENS) == {name: tokens / 1000 for name, tokens in TOKENS.items()}
 
 
+def test_a_star_stands_for_all_sources_by_tokens_beside_what_is_made():
+    everything = mixture_shares({}, TOKENS)
+    assert mixture_shares({"*": 1.0}, TOKENS) == everything
+    found = mixture_shares({"*": 0.75, "recall": 0.25}, TOKENS)
+    assert found == pytest.approx({name: 0.75 * share for name, share in everything.items()} | {"recall": 0.25})
+
+
 def test_a_share_of_nothing_leaves_the_source_out():
     assert mixture_shares({"general": 1.0, "code": 0.0}, TOKENS) == {"general": 1.0}
 

@@ -382,6 +382,6 @@ def test_position_ranges_double():
 
 def test_the_demo_config_is_whole():
     config = read_config("demo")
-    assert list(config.stage) == ["1", "2"]
+    assert list(config.stage) == ["1", "2", "anneal"]
     assert config.stage_model("2").max_seq_len == 16 * config.stage["1"].phases[0].seq_len
     assert config.stage_model("1").num_params() * 2 < 10e6

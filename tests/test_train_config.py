@@ -25,7 +25,7 @@ def abstract_mesh(spec: str, num_devices: int) -> AbstractMesh:
 def test_every_shipped_config_is_read(name):
     config = read_config(name)
     assert (config.name, "1" in config.stage) == (name, True)
-    assert list(config.stage) == ["1", "2"] if name == "demo" else ["1", "2", "anneal"]
+    assert list(config.stage) == ["1", "2", "anneal"]
 
 
 @pytest.mark.parametrize("name", FROM_NOTHING)

@@ -30,7 +30,8 @@ class DataConfig:
     of the demo, from text that comes with Python.
 
     mixture: share of the rows by source, for the stages that have none of their own; without any, sources
-    are read in proportion to their tokens. The source "recall" is synthetic (see train/data/recall.py).
+    are read in proportion to their tokens, which "*" stands for. The source "recall" is synthetic (see
+    train/data/recall.py).
     """
 
     directory: str

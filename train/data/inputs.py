@@ -10,7 +10,7 @@ from llama_jax.mesh import ShardingRules
 from llama_jax.tokenizer import Tokenizer
 from train.checkpoints import Progress
 from train.config import PhaseConfig, TrainConfig
-from train.data.mixture import RECALL, mixture_shares
+from train.data.mixture import ALL, RECALL, mixture_shares
 from train.data.packing import PackedRows, Rows, share_past_half, stack
 from train.data.recall import RecallRows
 from train.data.shards import TokenDataset, all_documents, open_sources
@@ -40,7 +40,7 @@ class Inputs:
         self._shares = [mixture_shares(mixture, known) for mixture in mixtures]
         if unknown := sorted(settings.length_weights.keys() - known.keys()):
             raise ValueError(f"stage.{stage}.length_weights names {unknown[0]!r}; there are {', '.join(sorted(known))}")
-        self._named = bool(mixtures[0])
+        self._takes_all = ALL in (mixtures[0] or {ALL})
         for phase in settings.phases:
             self.rows(phase)
 
@@ -50,9 +50,10 @@ class Inputs:
         Raises ValueError for a context beyond the first that no document reaches.
         """
         names = list(dict.fromkeys(name for shares in self._shares for name in shares))
-        if not self._named:  # all there is, as far as it is long enough
-            names = [name for name in names if _longest(self.sources[name]) >= phase.min_document_tokens] or names
-        longest = max(phase.seq_len if name == RECALL else _longest(self.sources[name]) for name in names)
+        reach = {name: phase.seq_len if name == RECALL else _longest(self.sources[name]) for name in names}
+        if self._takes_all:  # all there is, as far as it is long enough
+            names = [name for name in names if name == RECALL or reach[name] >= phase.min_document_tokens] or names
+        longest = max(reach[name] for name in names)
         if longest < phase.seq_len > self._config.model.rope.original_max_seq_len:
             raise ValueError(
                 f"stage {self._stage}: no document reaches seq_len={phase.seq_len}, the longest of "

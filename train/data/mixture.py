@@ -10,6 +10,7 @@ resume nor another number of processes changes what follows.
 from collections.abc import Mapping
 
 RECALL = "recall"  # the source that is made, not read (see train/data/recall.py)
+ALL = "*"  # all sources that are read
 
 _SCALE = 2**20  # the sum of the weights, but for rounding
 
@@ -18,15 +19,15 @@ def mixture_shares(mixture: Mapping[str, float], num_tokens: Mapping[str, int]) 
     """The share of the rows of each source that is in a mixture; num_tokens are the tokens of those that exist.
 
     A name that is not a source's stands for all sources below it, in proportion to their tokens:
-    "multilingual" for "multilingual/de" and "multilingual/fr". An empty mixture takes every source in
-    proportion to its tokens. Raises ValueError for a name of no source and for one without tokens.
+    "multilingual" for "multilingual/de" and "multilingual/fr"; "*" stands for every source, and an empty mixture
+    is "*" alone. Raises ValueError for a name of no source and for one without tokens.
     """
-    if not mixture:
-        return _by_tokens("data", 1.0, num_tokens)
     shares: dict[str, float] = {}
-    for name, share in mixture.items():
+    for name, share in (mixture or {ALL: 1.0}).items():
         if name == RECALL:
             found = {name: share}
+        elif name == ALL:
+            found = _by_tokens("data", share, num_tokens)
         elif name in num_tokens:
             found = _by_tokens(name, share, {name: num_tokens[name]})
         else:
