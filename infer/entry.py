@@ -240,10 +240,12 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", hosts: "Hosts
     with _mesh_asked_for(args, checkpoint.cfg) as mesh:
         dtype = weights_dtype(checkpoint, args.dtype)
         kept = f"{dtype}, weights in {args.quantize}" if args.quantize else dtype
+        keep = args.dtype is None and args.quantize is None
         say(describe_run(checkpoint.cfg, mesh, kept, args.checkpoint or "the demo"))
         limit = args.max_seq_len or checkpoint.cfg.max_seq_len
-        _check_memory(checkpoint.cfg, mesh, dtype, args.quantize, num_tokens=min(limit, num_tokens))
-        model = load_opened(checkpoint, dtype=dtype, layout="layers", quantize=args.quantize)
+        if not (keep and checkpoint.packed):  # else load_opened knows what the weights need
+            _check_memory(checkpoint.cfg, mesh, dtype, args.quantize, num_tokens=min(limit, num_tokens))
+        model = load_opened(checkpoint, dtype=dtype, layout="layers", quantize=args.quantize, keep=keep)
         return load_adapters(model, adapters) if adapters else model
 
 

@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 
 import gguf
+import jax
 import numpy as np
 import pytest
 import sentencepiece
@@ -124,6 +125,10 @@ def test_a_model_loads_to_transformers_own_numbers(tmp_path, mix):
 def test_every_mesh_and_slice_gives_the_same_numbers(tmp_path):
     file = package_file(tmp_path / "tiny.gguf", MIXES["k"])
     whole = logits(file)
+    with llama_jax.use_mesh("fsdp=2"):
+        kept = llama_jax.load(file, layout="layers")
+        assert {w.dtype.name for w in jax.tree.leaves(kept)} == {"float32", "int8"}  # Q6_K stays, Q4_K and Q5_K cannot
+        assert relative_error(kept(TOKENS), whole) < ROUNDING
     assert relative_error(logits(tmp_path, "fsdp=2,tensor=4", layout="layers"), whole) < ROUNDING
     source = open_checkpoint(file).source
     for name, spec in source.tensors.items():

@@ -5,6 +5,7 @@ import functools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors
@@ -18,6 +19,7 @@ import llama_jax
 from llama_jax.checkpoint.formats import open_checkpoint
 from llama_jax.config import LlamaConfig
 from llama_jax.convert import convert
+from llama_jax.quantize import QuantizedArray
 from tests.reference import hf_logits, hf_model, relative_error, save_hf
 from tests.tiny import TINY
 
@@ -28,6 +30,15 @@ ROUNDING = 2e-5  # float32, of logits that are sums over three layers
 def logits(path, spec: str = "data=1", **options) -> np.ndarray:
     with llama_jax.use_mesh(spec):
         return np.asarray(llama_jax.load(path, dtype="float32", **options)(TOKENS))
+
+
+def kept_logits(path, spec: str = "data=1", **options) -> np.ndarray:
+    """Of weights that stay in few bits."""
+    with llama_jax.use_mesh(spec):
+        model = llama_jax.load(path, **options)
+        leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+        assert any(isinstance(leaf, QuantizedArray) for leaf in leaves)
+        return np.asarray(model(TOKENS % model.cfg.vocab_size))
 
 
 def linears(model) -> dict[str, torch.nn.Linear]:
@@ -292,3 +303,28 @@ def test_compressed_tensors_reads_what_is_written(tmp_path, scheme):
         assert np.array_equal(weight, read) == (scheme == "fp8" and not ("mlp" in name and ".1." in name))
         step = {"int8": 1 / 127, "int8-a8": 1 / 127, "int4": 1 / 7, "int4-asym": 1 / 7, "fp8": 1 / 14}[scheme]
         assert np.abs(weight - read).max() <= step / 2 * np.abs(weight).max() * 1.01
+
+
+# Kept in few bits
+
+
+@pytest.mark.parametrize("kind", ["w8a16", "w4a16", "w4a16-asymmetric", "w8a16-tensor"])
+def test_weights_stay_in_few_bits(tmp_path, kind):
+    directory = compressed(tmp_path / "model", *COMPRESSED[kind])
+    assert relative_error(kept_logits(directory), logits(directory)) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["nf4-nested", "int8", "fbgemm"])
+def test_other_files_stay_in_few_bits(tmp_path, name):
+    theirs = WRITERS[name](tmp_path / "model")
+    # FP8 weights ask for activations in FP8, as Meta's stack has them: 3 bits of mantissa in one of three layers.
+    bound = 0.1 if name == "fbgemm" else ROUNDING
+    assert relative_error(kept_logits(tmp_path / "model", layout="layers"), theirs) < bound
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq-sym", "gptq-8-bits", "awq"])
+def test_kept_files_stay_in_few_bits(tmp_path, kind):
+    published(Path(__file__).parent / "published" / f"{kind}.safetensors", tmp_path / "model")
+    with llama_jax.use_mesh("tensor=2"):
+        floats = llama_jax.load(tmp_path / "model", dtype="float32")(TOKENS % 32)
+    assert relative_error(kept_logits(tmp_path / "model", "tensor=2", layout="layers"), floats) < ROUNDING

@@ -1,6 +1,8 @@
 """Llama checkpoints in and out: load a model onto the mesh from any format, save it in any."""
 
 import contextlib
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,8 +12,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from llama_jax.checkpoint.formats import FORMATS, Checkpoint, Format, open_checkpoint, write_checkpoint
-from llama_jax.checkpoint.layout import ModelSource, read_model
-from llama_jax.memory import check_fit, weight_bytes
+from llama_jax.checkpoint.layout import ModelSource, kept_weights, read_model
+from llama_jax.checkpoint.quantized.keeping import KeptSource
+from llama_jax.entry import say
+from llama_jax.memory import bytes_a_device, check_fit, weight_bytes
 from llama_jax.mesh import inference_mesh_spec, make_mesh
 from llama_jax.model import Layout, Llama
 from llama_jax.paths import as_path, staged_directory
@@ -31,12 +35,14 @@ def load(
 
     Each process reads only the slices that its devices hold. dtype defaults to the checkpoint's on
     TPU and GPU and to float32 on CPU. quantize ("int8", "int4", "fp8", "nf4" or another of llama_jax.schemes)
-    rounds the weights of its products as they come. Outside any mesh the largest legal `tensor` among a process's
+    rounds the weights of its products as they come. Without dtype and quantize, weights that are stored in few
+    bits stay so where the model can hold them. Outside any mesh the largest legal `tensor` among a process's
     devices, the rest `data`, becomes the global mesh. Raises ValueError or FileNotFoundError with
     what is wrong, before a weight is read also if the devices cannot hold them.
     """
     checkpoint = open_checkpoint(path, overrides=overrides, allow_unknown_config=allow_unknown_config)
-    return load_opened(checkpoint, dtype=dtype, layout=layout, quantize=quantize)
+    keep = dtype is None and quantize is None
+    return load_opened(checkpoint, dtype=dtype, layout=layout, quantize=quantize, keep=keep)
 
 
 def load_opened(
@@ -45,8 +51,9 @@ def load_opened(
     dtype: DTypeLike | None = None,
     layout: Layout = "stacked",
     quantize: str | None = None,
+    keep: bool = False,
 ) -> Llama:
-    """`load` of a checkpoint that is already open."""
+    """`load` of a checkpoint that is already open; keep: weights that are stored in few bits stay so."""
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r}; expected one of {', '.join(get_args(Layout))}")
     scheme = None if quantize is None else find_scheme(quantize)
@@ -54,8 +61,24 @@ def load_opened(
         jax.set_mesh(make_mesh(inference_mesh_spec(checkpoint.cfg, jax.device_count(), jax.local_device_count())))
     dtype, devices = weights_dtype(checkpoint, dtype), jax.sharding.get_mesh().devices.flat
     ways = "a smaller model, a mesh of more devices, dtype='bfloat16' or quantize='int8'"
-    check_fit("the model", {"weights": weight_bytes(checkpoint.cfg, dtype, scheme)}, devices, ways=ways)
-    return read_model(checkpoint.cfg, checkpoint.source, dtype=dtype, layout=layout, scheme=scheme)
+    source = checkpoint.source
+    if keep and checkpoint.packed and scheme is None:
+        source = KeptSource(source, checkpoint.packed)
+        arrays = kept_weights(checkpoint.cfg, source, dtype=dtype, layout=layout)
+        needed = bytes_a_device(arrays)
+        say(f"weights are kept as they are stored: {_listed(arrays)}")
+    else:
+        needed = weight_bytes(checkpoint.cfg, dtype, scheme)
+    check_fit("the model", {"weights": needed}, devices, ways=ways)
+    return read_model(checkpoint.cfg, source, dtype=dtype, layout=layout, scheme=scheme)
+
+
+def _listed(arrays: Sequence[jax.ShapeDtypeStruct]) -> str:
+    """How many values there are of each dtype."""
+    counts: dict[str, int] = {}
+    for array in arrays:
+        counts[array.dtype.name] = counts.get(array.dtype.name, 0) + math.prod(array.shape)
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def weights_dtype(checkpoint: Checkpoint, dtype: DTypeLike | None = None) -> np.dtype:

@@ -15,8 +15,8 @@ from llama_jax.checkpoint.gguf_vocab import tokenizer_metadata
 from llama_jax.checkpoint.meta import head_rows
 from llama_jax.checkpoint.names import canonical_shapes
 from llama_jax.checkpoint.quantized import QuantizedSource
-from llama_jax.checkpoint.quantized.blocks import FLOAT_DTYPES, pack_rows, unpack_blocks
-from llama_jax.checkpoint.quantized.packed import Packed
+from llama_jax.checkpoint.quantized.blocks import FLOAT_DTYPES, NARROW, pack_rows, unpack_blocks
+from llama_jax.checkpoint.quantized.packed import Narrow, Packed
 from llama_jax.checkpoint.ranges import RemoteArray, RemoteFile
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig, RopeConfig
@@ -215,11 +215,25 @@ class _Floats:
 class BlockWeight:
     """A PackedWeight in blocks of one type."""
 
-    inputs, bound, parts = None, math.inf, ()
+    parts, zeros = (), None
 
     def __init__(self, rows: _Rows):
         self._rows = rows
         self.shape: tuple[int, int] = rows.tensor.shape  # type: ignore[assignment]
+
+    @property
+    def narrow(self) -> Narrow | None:
+        """Values in int4 or int8, of the types whose numbers are multiples of a scale."""
+        return NARROW.get(self._rows.tensor.block.name)
+
+    def scales(self, rows: slice, groups: slice) -> np.ndarray:
+        """Of a type that can be held narrow."""
+        assert self.narrow is not None
+        size, block = self.narrow.group, self._rows.tensor.block.num_values
+        first, last = groups.start * size // block, -(-groups.stop * size // block)
+        scales = self.read(rows, slice(first * block, last * block)).scales
+        start = groups.start - first * block // size
+        return scales[:, start : start + groups.stop - groups.start].astype(self.narrow.scale_dtype)
 
     def read(self, rows: slice, columns: slice) -> Packed:
         """The slice."""

@@ -23,13 +23,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, get_mesh, reshard
 from jax.typing import DTypeLike
 
 from llama_jax.checkpoint.names import StoredWeight, canonical_shapes, stored_weights
+from llama_jax.checkpoint.quantized.keeping import KeptSource
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Layout, Llama
 from llama_jax.progress import progress
-from llama_jax.quantize import QuantizedArray
-from llama_jax.rounding import quantize_weight
-from llama_jax.schemes import Scheme
+from llama_jax.quantize import QuantizedArray, block_spec
+from llama_jax.rounding import num_blocks, quantize_weight
+from llama_jax.schemes import INPUT_DIMS, Quantization, Scheme
 
 # Buffers that old exporters wrote beside the weights; they follow from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -65,14 +66,14 @@ def read_model(
 ) -> Llama:
     """A model on the ambient mesh, filled from a source whose tensors have been checked, quantized by a scheme.
 
+    Of a KeptSource it holds the weights that are stored in few bits as they are, where model and mesh let it.
+
     Threads read, cast and transpose blocks of several leaves at once, while finished leaves go to
     the devices in order. The host holds 1 GiB of parts, or one leaf's if those are larger; where
     processes exchange what they have read, a device holds its part of one leaf twice meanwhile. What is to be
     quantized is a leaf a layer, which is float on the devices only until it is.
     """
-    abstract = jax.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), layout=layout))
-    found, tree = jax.tree.flatten_with_path(abstract)
-    groups = [_leaves(cfg, path, leaf, np.dtype(dtype), scheme) for path, leaf in found]
+    groups, tree = _plan(cfg, source, np.dtype(dtype), layout, scheme)
     leaves = [leaf for group in groups for leaf in group]
     total = sum(leaf.num_stored_bytes(source) for leaf in leaves)
     arrays, started = [], deque[tuple[_Leaf, list[np.ndarray], list[Future[int]]]]()
@@ -95,7 +96,53 @@ def read_model(
     finally:
         pool.shutdown(cancel_futures=True)
     weights = iter(arrays)
-    return jax.tree.unflatten(tree, [_together([next(weights) for _ in group]) for group in groups])
+    return jax.tree.unflatten(tree, [_together(group, [next(weights) for _ in group]) for group in groups])
+
+
+def kept_weights(cfg: LlamaConfig, source: Source, *, dtype: DTypeLike, layout: Layout) -> list[jax.ShapeDtypeStruct]:
+    """The arrays, with their shardings, that `read_model` will hold."""
+    groups, _ = _plan(cfg, source, np.dtype(dtype), layout, None)
+    return [leaf.abstract for group in groups for leaf in group]
+
+
+def _plan(
+    cfg: LlamaConfig, source: Source, dtype: np.dtype, layout: Layout, scheme: Scheme | None
+) -> "tuple[list[list[_Leaf]], Any]":
+    """What is read for each leaf of the model, and the tree of these."""
+    abstract = jax.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), layout=layout))
+    found, tree = jax.tree.flatten_with_path(abstract)
+    groups = []
+    for path, leaf in found:
+        kept = _kept(cfg, path, leaf, source) if isinstance(source, KeptSource) and scheme is None else None
+        groups.append(kept or _leaves(cfg, path, leaf, dtype, scheme))
+    return groups, tree
+
+
+def _kept(cfg: LlamaConfig, path: Any, abstract: jax.ShapeDtypeStruct, source: KeptSource) -> "list[_Leaf] | None":
+    """What is read to hold a weight in few bits as it is stored; None where model or mesh do not let it."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    weights, stacked = stored_weights(name, cfg.num_layers)
+    forms = {source.forms.get(weight.name) for weight in weights}
+    form = forms.pop()
+    if form is None or forms or abstract.sharding is None:
+        return None
+    whole, spec = abstract.shape[stacked:], abstract.sharding.spec
+    try:
+        counts = num_blocks(whole, form.group, INPUT_DIMS[name.removesuffix(".value").rpartition(".")[2]])
+        split = PartitionSpec(*spec[:stacked], *block_spec(counts, spec[stacked:]))
+    except (KeyError, ValueError):  # the embedding, or groups that the mesh or a head divides
+        return None
+    by_group = jax.ShapeDtypeStruct(
+        (*abstract.shape[:stacked], *counts), jnp.float32, sharding=NamedSharding(get_mesh(), split)
+    )
+    leaves = [
+        _Leaf(cfg, name, abstract, form.dtype, part="values"),
+        _Leaf(cfg, name, by_group, form.scale_dtype, part="scales"),
+    ]
+    if form.has_zeros:
+        leaves.append(_Leaf(cfg, name, by_group, np.dtype(np.int8), part="zeros"))
+    leaves[0].rest = Quantization(form.code, form.inputs, form.bound)
+    return leaves
 
 
 def _leaves(
@@ -119,17 +166,32 @@ def _stacked(layers: list[Any]) -> Any:
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
 
 
-def _together(layers: list[Any]) -> Any:
-    return layers[0] if len(layers) == 1 else _stacked(layers)
+def _together(leaves: "list[_Leaf]", arrays: list[Any]) -> Any:
+    """The leaf of the model that was read in parts."""
+    if leaves[0].rest is not None:
+        values, scales, *zeros = arrays
+        return QuantizedArray(values, scales, *zeros, rest=leaves[0].rest)
+    return arrays[0] if len(arrays) == 1 else _stacked(arrays)
 
 
 class _Leaf:
     """An array of the model on its way from the files to the devices of this process, where a scheme quantizes it."""
 
+    rest: Quantization | None = None  # of the first of the arrays that are one quantized weight
+
     def __init__(
-        self, cfg: LlamaConfig, name: str, abstract: jax.ShapeDtypeStruct, dtype: np.dtype, scheme: Scheme | None = None
+        self,
+        cfg: LlamaConfig,
+        name: str,
+        abstract: jax.ShapeDtypeStruct,
+        dtype: np.dtype,
+        scheme: Scheme | None = None,
+        *,
+        part: str = "",
     ):
         self._weights, self._stacked = stored_weights(name, cfg.num_layers)
+        if part:
+            self._weights = [weight._replace(name=f"{weight.name}:{part}") for weight in self._weights]
         assert abstract.sharding is not None
         self._shape, self._spec, self._dtype = abstract.shape, abstract.sharding.spec, dtype
         self._name, self._scheme = name, scheme
@@ -142,6 +204,12 @@ class _Leaf:
             self._holders[bounds].append(device)
         self.size = sum(math.prod(stop - start for start, stop in bounds) for bounds in self._holders)
         self.nbytes = self.size * dtype.itemsize
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """The array on the devices."""
+        sharding = NamedSharding(self._reading.mesh, self._spec)
+        return jax.ShapeDtypeStruct(self._shape, self._dtype, sharding=sharding)
 
     def num_stored_bytes(self, source: Source) -> int:
         """What this process reads of it."""

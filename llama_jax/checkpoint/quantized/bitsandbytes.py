@@ -11,10 +11,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from llama_jax.checkpoint.quantized.packed import (
+    NF4,
     GroupedWeight,
+    Narrow,
     Packed,
     PackedWeight,
     expect,
@@ -62,7 +65,7 @@ def _int8(stored: Source, module: str) -> GroupedWeight:
 class _FourBits:
     """A PackedWeight of levels by number."""
 
-    inputs, bound = None, math.inf
+    zeros = None
 
     def __init__(self, stored: Source, module: str, kind: str):
         self._stored, self._name, description = stored, f"{module}.weight", f"{module}.{_STATE}{kind}"
@@ -81,6 +84,18 @@ class _FourBits:
             self.parts += [self._part("nested_absmax", -(-count // self._outer)), self._part("nested_quant_map", 256)]
         self.parts.append(self._part("absmax", count, "uint8" if self._outer else "float32"))
 
+    @property
+    def narrow(self) -> Narrow | None:
+        """NF4, if its blocks begin with rows."""
+        if self.shape[1] % self._block or not np.array_equal(self._levels, NF4):
+            return None
+        return Narrow(np.dtype(ml_dtypes.int4), self._block, np.dtype(np.float32), code="nf4")
+
+    def scales(self, rows: slice, groups: slice) -> np.ndarray:
+        """Of blocks of rows, where they begin with rows."""
+        count = self.shape[1] // self._block
+        return self._scales(slice(rows.start * count, rows.stop * count)).reshape(-1, count)[:, groups]
+
     def _part(self, part: str, size: int, dtype: str = "float32") -> str:
         return expect(self._stored, f"{self._name}.{part}", (size,), [dtype])
 
@@ -91,12 +106,16 @@ class _FourBits:
         octets = self._stored.read(self._name, (slice(start // 2, -(-stop // 2)),))
         values = np.concatenate([octets >> 4, octets & 15], axis=1).reshape(-1)[start % 2 :][: stop - start]
         values = values.reshape(-1, width)[:, columns]
-        scales, groups = self._scales(slice(start // block, -(-stop // block))), None
+        groups = None
         if width % block == 0:
             taken, groups = grouped(columns, block)
-            scales = scales.reshape(-1, width // block)[:, taken]
+            scales = self.scales(rows, taken)
         else:
-            scales = scales.repeat(block)[start % block :][: stop - start].reshape(-1, width)[:, columns]
+            scales = (
+                self._scales(slice(start // block, -(-stop // block)))
+                .repeat(block)[start % block :][: stop - start]
+                .reshape(-1, width)[:, columns]
+            )
         return Packed(values, scales, 4, groups=groups, levels=self._levels)
 
     def _scales(self, blocks: slice) -> np.ndarray:

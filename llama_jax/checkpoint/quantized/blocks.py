@@ -9,9 +9,20 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from llama_jax.checkpoint.quantized.packed import Packed
+from llama_jax.checkpoint.quantized.packed import Narrow, Packed
 
 FLOAT_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+_INT4, _INT8, _F16 = np.dtype(ml_dtypes.int4), np.dtype(np.int8), np.dtype(np.float16)
+
+# The types whose numbers are integers times a scale.
+NARROW = {
+    "Q4_0": Narrow(_INT4, 32, _F16),
+    "Q5_0": Narrow(_INT8, 32, _F16),
+    "Q8_0": Narrow(_INT8, 32, _F16),
+    "Q6_K": Narrow(_INT8, 16, np.dtype(np.float32)),
+}
 
 
 def unpack_blocks(name: str, blocks: np.ndarray) -> Packed:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from llama_jax.checkpoint.source import Source
@@ -23,6 +24,7 @@ NF4 = np.array(
     np.float32,
 )
 
+_INTEGERS = {4: np.dtype(ml_dtypes.int4), 8: np.dtype(np.int8)}
 FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -66,24 +68,42 @@ class Packed(NamedTuple):
         return numbers if numbers.shape[1] == 1 else numbers.repeat(columns // numbers.shape[1], axis=1)
 
 
+class Narrow(NamedTuple):
+    """How the model itself can hold a packed weight: values of dtype, a scale for `group` columns of a row.
+
+    code: "nf4" for NF4's levels, None where values are numbers.
+    """
+
+    dtype: np.dtype
+    group: int
+    scale_dtype: np.dtype
+    has_zeros: bool = False
+    code: str | None = None
+    inputs: str | None = None
+    bound: float = math.inf
+
+
 class PackedWeight(Protocol):
     """A weight of a file that is read in slices: what each format makes of its tensors.
 
-    parts: the names of the stored tensors that it consists of. inputs: None, or the dtype to which its publisher
-    rounds the activations, each token by its largest value, taken as at most bound.
+    parts: the names of the stored tensors that it consists of. narrow: None if the model
+    cannot hold it but as floats; else scales and zeros give slices of what they are for [out, in / group].
     """
+
+    @property
+    def narrow(self) -> Narrow | None: ...  # noqa: D102
+
+    @property
+    def scales(self) -> "Reader": ...  # noqa: D102
+
+    @property
+    def zeros(self) -> "Reader | None": ...  # noqa: D102
 
     @property
     def shape(self) -> tuple[int, int]: ...  # noqa: D102
 
     @property
     def parts(self) -> Sequence[str]: ...  # noqa: D102
-
-    @property
-    def inputs(self) -> str | None: ...  # noqa: D102
-
-    @property
-    def bound(self) -> float: ...  # noqa: D102
 
     def read(self, rows: slice, columns: slice) -> Packed:
         """The slice (start and stop given, step 1)."""
@@ -98,7 +118,8 @@ class GroupedWeight:
     """A PackedWeight whose scales each stand for `group` columns of a row.
 
     values gives a slice of the matrix; scales and zeros give one of [out, in / group]. order int [in], where there is
-    one, says the group of each column.
+    one, says the group of each column. inputs: None, or the dtype to which its publisher rounds the activations, each
+    token by its largest value, taken as at most bound.
     """
 
     shape: tuple[int, int]
@@ -109,9 +130,22 @@ class GroupedWeight:
     scales: Reader
     zeros: Reader | None = None
     order: np.ndarray | None = None
-    levels: np.ndarray | None = None
     inputs: str | None = None
     bound: float = math.inf
+
+    @property
+    def narrow(self) -> Narrow | None:
+        """Values in int4, int8 or float8; None where the inputs are out of order."""
+        if self.order is not None:
+            return None
+        one = slice(0, 1)
+        found = self.values(one, one).dtype
+        dtype = found if found.name == "float8_e4m3fn" else _INTEGERS[self.bits]
+        has_zeros = self.zeros is not None
+        if found == np.uint8 and not has_zeros:
+            return None
+        scale_dtype = self.scales(one, one).dtype
+        return Narrow(dtype, self.group, scale_dtype, has_zeros, inputs=self.inputs, bound=self.bound)
 
     def read(self, rows: slice, columns: slice) -> Packed:
         """The slice."""
@@ -121,7 +155,7 @@ class GroupedWeight:
             taken, groups = slice(0, self.shape[1] // self.group), self.order[columns]
         zeros = None if self.zeros is None else self.zeros(rows, taken)
         values, scales = self.values(rows, columns), self.scales(rows, taken)
-        return Packed(values, scales, self.bits, zeros=zeros, groups=groups, levels=self.levels)
+        return Packed(values, scales, self.bits, zeros=zeros, groups=groups)
 
 
 def grouped(columns: slice, size: int) -> tuple[slice, np.ndarray | None]:
