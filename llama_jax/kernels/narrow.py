@@ -97,11 +97,10 @@ def rounded(x: Array, dtype: DTypeLike) -> Array:
     return (jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x).astype(dtype)
 
 
-def product(subscripts: str, x: Array, weight: Narrow, *, digits: bool) -> Array:
+def product(subscripts: str, x: Array, weight: Narrow) -> Array:
     """Float32 product of x [B, T, ...] with a weight; subscripts name batch and sequence "BT".
 
-    x may be int8: what it is multiplied with are then whole numbers too, summed in int32. digits: so are floats, as
-    many numbers of int8 as they need.
+    x may be int8: what it is multiplied with are then whole numbers too, summed in int32.
     """
     operands, result = subscripts.replace("BT", "N").split("->")
     x_letters, letters = operands.split(",")
@@ -112,55 +111,9 @@ def product(subscripts: str, x: Array, weight: Narrow, *, digits: bool) -> Array
     widened = math.prod(x.shape[1:]) * x.dtype.itemsize
     if blocks and jnp.issubdtype(x.dtype, jnp.floating) and 4 * math.prod(blocks.values()) * len(x) > widened:
         out = _by_slabs((x_letters, letters, result), x, weight)
-    elif digits and weight.code is None and jnp.issubdtype(weight.values.dtype, jnp.integer):
-        out = _by_digits((x_letters, letters, result), x, weight, blocks)
     else:
         out = _by_blocks((x_letters, letters, result), x, weight, blocks)
     return out.reshape(*rows, *out.shape[1:])
-
-
-def _by_digits(letters: tuple[str, str, str], x: Array, weight: Narrow, blocks: dict[str, int]) -> Array:
-    """Products of int8 by int8 for activations of any type, each written as up to three digits of base 254.
-
-    Three digits hold a float32 to 6e-8 of its token's largest. Widening int8 or int4 costs XLA:CPU more than reading
-    floats does, and so does its product for a single row; its products for two rows and more are fast.
-    """
-    digits, steps = [x], jnp.ones((1, 1))
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        num_digits = 3 if x.dtype == jnp.float32 else 2
-        _, scale = round_inputs(x[None], x.ndim - 1, jnp.int8, math.inf)
-        rest = x.astype(jnp.float32) / jnp.where(scale > 0, scale, 1.0).reshape(-1, *(1,) * (x.ndim - 1))
-        digits = []
-        for _ in range(num_digits):
-            digits.append(jnp.round(rest).astype(jnp.int8))
-            rest = (rest - digits[-1]) * 254
-        steps = scale * 254.0 ** -jnp.arange(num_digits)[:, None]
-    elif len(x) == 1:
-        digits, steps = [x, jnp.zeros_like(x)], jnp.array([[1.0], [0.0]])
-    num_rows, x = len(x), jnp.concatenate(digits)
-    if weight.values.dtype == jnp.int4 and letters[1][-1] in letters[2] and weight.values.shape[-1] % 2 == 0:
-        halves = [_by_blocks(letters, x, half, blocks) for half in _halves(weight)]
-        out = jnp.stack(halves, axis=-1).reshape(*halves[0].shape[:-1], -1)
-    else:
-        out = _by_blocks(letters, x, weight, blocks)
-    out = out.reshape(-1, num_rows, *out.shape[1:])
-    return jnp.sum(out * steps.reshape(*steps.shape, *(1,) * (out.ndim - 2)), axis=0)
-
-
-def _halves(weight: Narrow) -> list[Narrow]:
-    """An int4 weight as int8, its even and its odd last outputs apart: XLA:CPU unpacks them no other way fast."""
-    pairs = weight.values.reshape(*weight.values.shape[:-1], -1, 2)
-    both = jax.lax.bitcast_convert_type(pairs, jnp.int8)
-    high = jax.lax.shift_right_arithmetic(both, jnp.int8(4))
-    low = jax.lax.shift_right_arithmetic(jax.lax.shift_left(both, jnp.int8(4)), jnp.int8(4))
-
-    def every_second(array: Array | None, first: int) -> Array | None:
-        return array if array is None or array.shape[-1] == 1 else array[..., first::2]
-
-    return [
-        Narrow(values, every_second(weight.scales, i), every_second(weight.zeros, i), None)  # type: ignore[arg-type]
-        for i, values in enumerate((low, high))
-    ]
 
 
 def _by_blocks(letters: tuple[str, str, str], x: Array, weight: Narrow, blocks: dict[str, int]) -> Array:
