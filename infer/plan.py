@@ -25,7 +25,7 @@ from llama_jax.config import PRESETS, LlamaConfig, set_field
 from llama_jax.devices import model_name, use_compilation_cache
 from llama_jax.entry import parse_settings, say
 from llama_jax.memory import abstract_model, bytes_a_device, weight_bytes
-from llama_jax.mesh import inference_mesh_spec, legal_tensor_sizes, parse_mesh, use_mesh
+from llama_jax.mesh import inference_mesh_spec, legal_tensor_sizes, parse_mesh
 from llama_jax.model import Llama
 from llama_jax.plan import Plan, Terms, capacity, check_directory, gib, plan, rows, sources, table, try_each
 from llama_jax.program import Buffer
@@ -182,7 +182,7 @@ def _model(args: argparse.Namespace, target: Slice) -> tuple[LlamaConfig, DTypeL
 
 def check_weights(work: Workload, target: Slice) -> None:
     """Raise ValueError that names the smallest slice that can if this one cannot hold the weights."""
-    weights, most = _stored_bytes(work), target.chip.hbm_bytes
+    weights, most = _stored_bytes(work, target), target.chip.hbm_bytes
     if most and weights > most * target.num_chips:
         enough = smallest_slice(target.kind, weights)
         way = f"the smallest slice that holds them is {enough}" if enough else f"no slice of {target.kind} holds them"
@@ -190,10 +190,10 @@ def check_weights(work: Workload, target: Slice) -> None:
         raise ValueError(f"{model_name(work.cfg)}: weights are {gib(weights)}, and {has}; {way}")
 
 
-def _stored_bytes(work: Workload) -> int:
+def _stored_bytes(work: Workload, target: Slice) -> int:
     if work.scheme is None:
         return jnp.dtype(work.dtype).itemsize * work.cfg.num_params()
-    with use_mesh("data=1"):
+    with use_slice(target, "data=-1"):  # all of them on each
         return weight_bytes(work.cfg, work.dtype, work.scheme)
 
 
@@ -203,7 +203,7 @@ def search(work: Workload, target: Slice, *, seconds: float) -> list[tuple[str, 
     Raises ValueError if none has room for weights and cache, and as `open_slice` does.
     """
     open_slice(target)  # its errors are no reason to try another mesh
-    weights, most = _stored_bytes(work), target.chip.hbm_bytes or math.inf
+    weights, most = _stored_bytes(work, target), target.chip.hbm_bytes or math.inf
     own = parse_mesh(inference_mesh_spec(work.cfg, target.num_chips, target.chips_per_host), target.num_chips)
     slices = 1 if target.is_gpu else target.num_slices
 
@@ -306,7 +306,7 @@ def _generation_plan(
         largest_batch=int(growth * num_tokens / work.context) // multiple * multiple,
         largest_context=min(model.cfg.max_seq_len, int(growth * num_tokens / num_rows)),
         host_ram_to_load_bytes=largest_part * min(decode.chips, target.chips_per_host),
-        disk_bytes=_stored_bytes(work),
+        disk_bytes=_stored_bytes(work, target),
         compile_seconds=prefill.compile_seconds + decode.compile_seconds,
         prefill=prefill,
         decode=decode,
