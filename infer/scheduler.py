@@ -21,7 +21,10 @@ from infer.pages import PagePool, extend_names
 MIN_CHUNK = 16
 
 # A shard is clearly more loaded than another by this part of its rows.
-SLACK = 8
+SLACK = 2
+
+# Dispatches of prompts for which a beginning that is just computed is waited for before others.
+PATIENCE = 8
 
 
 def bucket(number: int, limit: int | None = None, multiple: int = 1, *, base: int = 2) -> int:
@@ -74,6 +77,12 @@ class Chunk(NamedTuple):
     sequence: Sequence
     start: int
     stop: int
+
+
+def _num_alike(names: List[bytes], others: List[bytes]) -> int:
+    """How many pages two sequences have alike, from the first on."""
+    pairs = zip(names, others, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Scheduler:
@@ -189,37 +198,45 @@ class Scheduler:
         return chunks
 
     def _admit_waiting(self) -> None:
-        """Give rows to those that wait, in order; who waits for a beginning that is just computed lets others pass."""
+        """Give rows to those that wait, in order; who waits long for a beginning just computed lets others pass."""
         for sequence in list(itertools.islice(self.waiting, len(self.pools) * self._num_rows)):
             # Of one that was preempted the last tokens may still have to come.
             if sequence.in_flight or not any(self._free_rows):
                 return
             names = self._shareable_names(sequence)
-            shards = self._by_cost(sequence, names)
-            if self._is_coming(names, shards[0]):
-                continue
+            coming = [self._num_coming(names, shard) for shard in range(len(self.pools))]
+            shards = self._by_cost(sequence, names, coming)
+            first = self.pools[shards[0]]
+            if (missing := coming[shards[0]] - first.num_found(names)) > 0:
+                # Beyond a few dispatches; else those that pass would take the rows beside it.
+                if missing * first.size > PATIENCE * self._chunk:
+                    continue
+                return
             if not any(self._admit(sequence, names, shard) for shard in shards):
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
 
-    def _by_cost(self, sequence: Sequence, names: List[bytes]) -> list[int]:
-        """The shards that have a row free: where most of its beginning is known, then where it costs least.
+    def _num_coming(self, names: List[bytes], shard: int) -> int:
+        """How many pages of a beginning are just computed, or were, by those that run in a shard."""
+        filling = (s.names for s in self.running if s.shard == shard and not s.filled)
+        return max((_num_alike(names, others) for others in filling), default=0)
+
+    def _by_cost(self, sequence: Sequence, names: List[bytes], coming: List[int]) -> list[int]:
+        """The shards that have a row free: where most of its beginning is known or coming, then where it costs least.
 
         Those that are clearly more loaded come last. Costs are counted in dispatches of prompts: those that the
         shard and the sequence still need, and one a row, which is about what decoding it to its end takes.
         """
+        known = [max(pool.num_found(names), soon) for pool, soon in zip(self.pools, coming, strict=True)]
         costs = [float(self._num_rows - len(rows)) for rows in self._free_rows]
         for other in self.running:
             costs[other.shard] += max(0, other.to_fill - other.cached) / self._chunk
-        found = [pool.num_found(names) for pool in self.pools]
-        costs = [
-            cost + (len(sequence.tokens) - count * pool.size) / self._chunk
-            for cost, count, pool in zip(costs, found, self.pools, strict=True)
-        ]
+        for shard, pool in enumerate(self.pools):
+            costs[shard] += (len(sequence.tokens) - known[shard] * pool.size) / self._chunk
         shards = [shard for shard, rows in enumerate(self._free_rows) if rows]
         enough = min(costs[shard] for shard in shards) + max(1, self._num_rows // SLACK)
-        return sorted(shards, key=lambda shard: (costs[shard] > enough, -found[shard], costs[shard]))
+        return sorted(shards, key=lambda shard: (costs[shard] > enough, -known[shard], costs[shard]))
 
     def _admit(self, sequence: Sequence, names: List[bytes], shard: int) -> bool:
         """Give it a row and pages for all its tokens in a shard.
@@ -238,13 +255,6 @@ class Scheduler:
         sequence.row = self._free_rows[shard].pop()
         sequence.to_fill = len(sequence.tokens)
         return True
-
-    def _is_coming(self, names: List[bytes], shard: int) -> bool:
-        """Whether the next page of a beginning is just computed there."""
-        found = self.pools[shard].num_found(names)
-        following = names[found : found + 1]
-        filling = (s for s in self.running if s.shard == shard and not s.filled)
-        return following != [] and any(s.names[found : found + 1] == following for s in filling)
 
     def _shareable_names(self, sequence: Sequence) -> list[bytes]:
         """Names of the full pages that it may find; its last token is always computed, for what comes after it."""
