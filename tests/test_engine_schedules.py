@@ -116,7 +116,8 @@ def test_with_a_narrow_cache_too_a_batch_gives_what_each_request_gets_alone(dtyp
     for result in together:
         assert under_test.generate(result.prompt_tokens, settings)[0].tokens == result.tokens
     exact = [alone(tuple(prompt), settings) for prompt in PROMPTS]
-    assert sum(result.tokens == list(tokens) for result, tokens in zip(together, exact, strict=True)) >= 5
+    alike = [np.cumprod(np.equal(result.tokens, tokens)).sum() for result, tokens in zip(together, exact, strict=True)]
+    assert sum(alike) > 0.5 * 8 * len(PROMPTS)  # a text that rounding has changed once goes its own way
 
 
 @contextlib.contextmanager
