@@ -236,9 +236,9 @@ def test_stop_strings_end_texts_where_transformers_does(demo, stop):
             torch.tensor([prompt]), max_new_tokens=48, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
         )
     expected = output[0, len(prompt) :].tolist()
-    (result,) = engine.generate(prompt, SamplingParams(max_new_tokens=48, stop=(stop,)))
+    (result,) = engine.generate(prompt, SamplingParams(max_new_tokens=48, stop=(stop,), ignore_eos=True))
     assert result.tokens == expected
-    text = tokenizer.decode(expected)
+    text = engine.tokenizer.decode(expected)
     assert result.text == (text[: text.find(stop)] if stop in text else text)
     assert (result.finish_reason == "stop") == (stop in text)
 
