@@ -76,7 +76,7 @@ def measure(work: Callable[[], None], files: list[Path], *, cold: bool, repeats:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="directory in any format")
+    parser.add_argument("checkpoint", type=Path, help="directory in any format, or GGUF file")
     parser.add_argument("--cpu-devices", type=int, help="run on so many CPU devices")
     parser.add_argument("--mesh", help="default: the one that inference takes")
     parser.add_argument("--dtype")
@@ -86,8 +86,8 @@ def main() -> None:
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
-    directory = open_checkpoint(args.checkpoint).directory
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    found = open_checkpoint(args.checkpoint).directory
+    files = [found] if found.is_file() else sorted(path for path in found.rglob("*") if path.is_file())
     if args.mesh:
         jax.set_mesh(llama_jax.make_mesh(args.mesh))
     works = {"disk": functools.partial(read_plainly, files)}
