@@ -45,7 +45,9 @@ class Narrow(NamedTuple):
         """The values without scales and zeros, which is exact in 8 bits of mantissa and more but for NF4."""
         if self.code is None:
             return self.values.astype(dtype)
-        return jnp.asarray(NF4, dtype)[self.values.astype(jnp.int32) + 8]
+        table, places = jnp.asarray(NF4, dtype), self.values.astype(jnp.int32) + 8
+        spec = jax.typeof(places).sharding.spec
+        return table.at[places].get(out_sharding=spec) if any(spec) else table[places]
 
 
 def in_blocks(x: Array, counts: Sequence[int]) -> Array:
