@@ -170,7 +170,6 @@ def test_the_largest_buffers_have_the_models_names(planned):
     found, _ = planned
     # 16 tokens of 4 rows a device; half of the vocabulary of 128, and half of the MLP's width of 160.
     assert found.largest["logits of a chunk of the loss (f32)"] == 4 * 64 * 64
-    assert found.largest["layers.mlp.w_down (f32)"] == 4 * 2 * 160 * 64 // 8
     assert found.largest["gradient of gate or up of a layer (f32)"] == 4 * 64 * 80
     sizes = list(found.largest.values())
     assert sizes == sorted(sizes, reverse=True)
