@@ -8,6 +8,7 @@ be rented; any other is refused with the nearest.
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import itertools
 import math
@@ -311,11 +312,17 @@ def open_slice(target: Slice) -> list[Device]:
             raise ValueError(f"{target}: this process has {len(devices)} CPU devices open; plan in one of its own")
         return devices[: target.num_chips]
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("planning for a TPU needs its compiler: pip install --no-deps libtpu")
+        raise ValueError(f"planning for a TPU needs its compiler: pip install --no-deps '{libtpu_requirement()}'")
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     # Without devices jax writes programs to its cache, warns when it finds one, and compiles again.
     jax.config.update("jax_enable_compilation_cache", False)
     return _described(target)
+
+
+def libtpu_requirement() -> str:
+    """The libtpu that this jax is made for, as "libtpu==0.0.42.*"; another one may not compile its programs."""
+    wanted = (text.partition(";")[0].strip() for text in importlib.metadata.requires("jax") or ())
+    return next((text for text in wanted if text.startswith("libtpu")), "libtpu")
 
 
 def _described(target: Slice) -> list[Device]:

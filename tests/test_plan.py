@@ -338,7 +338,7 @@ def test_slices_of_tpus_exchange_each_devices_own_array_over_the_data_centers_ne
 @pytest.mark.parametrize("entry", [generate, serve])
 def test_without_libtpu_the_command_that_installs_it_is_named(entry, monkeypatch):
     monkeypatch.setattr(llama_jax.slices.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps libtpu"):
+    with pytest.raises(ValueError, match=r"pip install --no-deps 'libtpu==[\d.*]+'"):
         entry(["--checkpoint", "llama3.1-8b", "--plan", "v4:2x2x1"])
 
 
