@@ -239,9 +239,6 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", hosts: "Hosts
     hosts.tell("load")
     with _mesh_asked_for(args, checkpoint.cfg) as mesh:
         dtype = weights_dtype(checkpoint, args.dtype)
-        if args.quantize and find_scheme(args.quantize).dtype == "int4" and mesh.devices.flat[0].platform == "cpu":
-            # jax 0.10.2: arguments of four bits "disagree with the layouts" that a program compiled ahead expects.
-            raise ValueError(f"the engine does not run {args.quantize} on CPUs; use --quantize int8")
         kept = f"{dtype}, weights in {args.quantize}" if args.quantize else dtype
         keep = args.dtype is None and args.quantize is None
         say(describe_run(checkpoint.cfg, mesh, kept, args.checkpoint or "the demo"))

@@ -14,13 +14,14 @@ from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from infer import steps
 from infer.rows import split_rows
 from infer.sampling import Choice, History, SamplingParams, empty_history, row_settings
-from infer.sizes import bytes_for_pages
+from infer.sizes import bytes_for_pages, platform
 from infer.steps import NUM_STOPS, Batch, Held, Prompts, RowState, Told
 from llama_jax.cache import init_pages
 from llama_jax.memory import bytes_a_device, check_program
@@ -67,7 +68,7 @@ class Programs:
             hosts.tell("programs", num_rows=num_rows, num_steps=num_steps)
         self.cfg, self.rules, self.guesser, self.num_rows = model.cfg, model.rules, guesser, num_rows
         leaves, tree = jax.tree.flatten((model, guesser))
-        self.weights = tuple(leaves)
+        self.weights = tuple(map(_passable, leaves))
         self.mesh = leaves[0].sharding.mesh
         self.compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
@@ -217,3 +218,15 @@ def _key(call: Call) -> Any:
     """What tells a bucket from others: shapes, and which of the optional arrays are there."""
     function, (_, *args), static = call
     return function, *(x.shape for x in jax.tree.leaves(args)), *static.values()
+
+
+def _passable(leaf: Any) -> Any:
+    """A weight as a compiled program takes it: on CPUs four bits as eight.
+
+    There jax 0.10.2 tells of int4 arrays a layout that the programs which it compiles for them refuse.
+    """
+    if leaf.dtype != jnp.int4 or platform(leaf.sharding.mesh) != "cpu":
+        return leaf
+    if isinstance(leaf, Array):
+        return jax.jit(lambda x: x.astype(jnp.int8))(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.int8, sharding=leaf.sharding)

@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 import llama_jax
+from infer.engine import Engine
+from infer.sampling import SamplingParams
 from llama_jax import memory
 from llama_jax.cache import init_cache
 from llama_jax.mesh import use_mesh
@@ -68,6 +70,18 @@ def test_decoding_equals_the_full_forward(checkpoint, name):
             hidden, caches = extend(model, tokens[:, i : i + 1], positions[:, i : i + 1], caches)
             logits.append(model.unembed(hidden))
         np.testing.assert_allclose(np.concatenate(logits, 1), model(TOKENS), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-asym", "nf4"])
+def test_the_engine_s_tokens_are_the_likeliest_of_the_model_s_logits(checkpoint, name):
+    prompt = TOKENS[0, :9].tolist()
+    with use_mesh("data=1"):
+        model = llama_jax.load(checkpoint, quantize=name, layout="layers")
+        (result,) = Engine(model, max_batch_size=1).generate([prompt], SamplingParams(max_new_tokens=6))
+        logits = model(np.array([prompt + result.tokens]))[0, len(prompt) - 1 : -1]
+    assert result.tokens == np.argmax(logits, axis=-1).tolist()
+    expected = jax.nn.log_softmax(logits)[np.arange(6), np.array(result.tokens)]
+    np.testing.assert_allclose(result.logprobs, expected, atol=1e-3)
 
 
 def test_fp8_leaves_attention_and_the_first_and_the_last_layer_as_they_are(checkpoint):
