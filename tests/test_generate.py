@@ -360,7 +360,7 @@ def test_a_tokenizer_that_is_missing_too_large_or_cannot_chat_is_one_line_and_a_
     assert_one_line(run("a", "--chat", "--checkpoint", str(path)), "this is a base model")
 
 
-@pytest.mark.parametrize("flag", ["--image", "--audio", "--adapter", "--temp"])
+@pytest.mark.parametrize("flag", ["--image", "--audio", "--temp"])
 def test_a_flag_that_is_not_built_is_refused(run, flag):
     status, out, err = run("a", flag, "x")
     assert (status, out) == (2, "") and f"unrecognized arguments: {flag}" in err[-1]
