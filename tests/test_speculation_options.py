@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+pytest.importorskip("transformers", reason="transformers is not installed")
+
 from tests.test_generate import NAMES, checkpoint, expected, run, weights, write_tokenizer
 
 __all__ = ["checkpoint", "expected", "run", "weights"]
