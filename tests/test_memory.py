@@ -230,7 +230,8 @@ def test_a_model_that_does_not_fit_is_refused_before_a_weight_is_read(limit, mon
     checkpoint = entry.open_model(args)
     monkeypatch.setattr(checkpoint.source, "read", lambda *_: pytest.fail("a weight was read"))
     limit(1_000_000)
-    with pytest.raises(ValueError, match=r"4.3M parameters needs .* 2 x cpu \(weights .*--dtype bfloat16 or a shorter"):
+    complaint = r"4.3M parameters needs .* 2 x cpu \(weights .*--dtype bfloat16, --quantize int8 or a shorter"
+    with pytest.raises(ValueError, match=complaint):
         entry.load_model(args, checkpoint, Hosts())
     assert capsys.readouterr().err.startswith("2 x cpu, tensor=2, float32, 4.3M parameters from the demo")
 

@@ -24,6 +24,7 @@ from infer.batch import main as batch
 from infer.engine import Engine
 from infer.generate import main as generate
 from infer.serve import main as serve
+from infer.sizes import CacheOptions
 from llama_jax.mesh import use_mesh
 from llama_jax.plan import _refused, collective_seconds, plan, rows
 from llama_jax.program import Collective, read_program
@@ -266,7 +267,7 @@ def test_quantized_weights_are_planned_with_the_bytes_that_they_take():
 def test_a_server_is_planned_with_its_largest_batch_and_pool(monkeypatch):
     lowered = []
     monkeypatch.setattr(infer.plan, "plan", lambda *args, **known: lowered.append(args[0]) or plan(*args, **known))
-    options = {"max_batch_size": 4, "prefill_chunk": 16}
+    options = {"max_batch_size": 4, "cache": CacheOptions(prefill_chunk=16)}
     work = infer.plan.Workload(TINY, "float32", 4, 31, 32, options, is_served=True)
     found = infer.plan.plan_generation(work, CPU8, "tensor=2")
     assert (found.batch, found.context, found.cache_tokens) == (4, 32, 4 * 32)
