@@ -374,5 +374,5 @@ def test_a_log_gets_no_bar(sources, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("llama_jax.progress._QUIET_SECONDS", 0.0)
     prepare.prepare(sources, tmp_path / "out", vocab_size=512, holdout=0.3)
     lines = capsys.readouterr().err.splitlines()
-    expected = [f"{work}: 1.00 parts" for work in ("training the tokenizer", "encoding", "writing")]
+    expected = [f"{work}: 1 parts" for work in ("training the tokenizer", "encoding", "writing")]
     assert [line.partition(" in ")[0] for line in lines] == expected
