@@ -280,7 +280,7 @@ class Llama(nnx.Module):
             return [jax.tree.map(lambda a, i=i: a[i], self.layers) for i in range(self.cfg.num_layers)]
         return list(self.layers)
 
-    def embed(self, tokens: Array, stream: str | None) -> Array:
+    def embed(self, tokens: Array, stream: str | None = None) -> Array:
         """Rows of the embedding: int32 [B, T] -> [B, T, D], T split as this logical axis.
 
         The table is never gathered: each device looks up its columns for all tokens of those that it
