@@ -22,6 +22,14 @@ jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_default_matmul_precision", "highest")
 
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file_alone():
+    """Compiled programs go with their file: of some thousands in a process XLA:CPU crashes as it writes one more."""
+    yield
+    jax.clear_caches()
+
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -173,7 +173,8 @@ def test_every_setting_gives_the_tokens_and_log_probabilities_of_no_speculation(
     under_test = engine(64, 16, guesses=guesses)
     for ours, other in zip(under_test.generate(prompts, KINDS), expected, strict=True):
         assert (ours.tokens, ours.finish_reason) == (other.tokens, other.finish_reason)
-        np.testing.assert_allclose(ours.logprobs, other.logprobs, atol=2e-4)  # weights off by 1e-7 move them by 9e-5
+        # Weights off by 1e-7 move them by 9e-5, and those of unlikely tokens in proportion.
+        np.testing.assert_allclose(ours.logprobs, other.logprobs, rtol=5e-5, atol=2e-4)
         assert [[t for t, _ in place] for place in ours.top_logprobs] == [
             [t for t, _ in place] for place in other.top_logprobs
         ]
