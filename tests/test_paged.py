@@ -165,6 +165,7 @@ needs_triton = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @needs_triton
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="from jax 0.11 on Triton kernels are lowered on GPUs alone")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8, jnp.float8_e4m3fn])
 @pytest.mark.parametrize("heads", [(2, 4, 128), (2, 3, 16)], ids=str)
 def test_the_gpu_kernel_gives_what_the_gather_gives(dtype, heads):
