@@ -33,4 +33,6 @@ def outputs(*processes: subprocess.Popen) -> list:
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0] * len(processes), [errors for _, errors in results]
-    return [json.loads(printed.splitlines()[-1]) for printed, _ in results]  # gloo prints a line of its own
+    # gloo prints lines of its own to stdout, before ours or after.
+    said = [[line for line in printed.splitlines() if not line.startswith("[Gloo]")] for printed, _ in results]
+    return [json.loads(lines[-1]) for lines in said]

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from llama_jax.tokenizer import load_tokenizer
 from tests.scripted_server import DEMO, listening, make_server
@@ -42,7 +42,7 @@ def open_page(browser):
             self.errors = []
             self.page.on("pageerror", lambda error: self.errors.append(str(error)))
             self.page.goto(f"http://127.0.0.1:{port}/")
-            self.page.wait_for_function("document.getElementById('model').textContent == 'demo'")
+            expect(self.page.locator("#model")).to_have_text("demo")
             return self
 
         def __exit__(self, *failure):
