@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from infer.sampling import SamplingParams, row_settings
-from infer.scheduler import Chunk, bucket, chunk_length
+from infer.scheduler import MIN_CHUNK, Chunk, bucket, chunk_length
 from infer.scheduler import Sequence as Row
 from infer.sizes import (
+    LONGEST_TEXT,
     MOST_NUMBERS,
     ROW_BASE_ELSEWHERE,
     TABLE_BASE_ELSEWHERE,
@@ -200,6 +201,19 @@ class Batches:
         start_state.settings.stops[place, : len(stops)] = stops
         least = request.params.min_new_tokens
         start_state.settings.stops_from[place] = len(request.result.prompt_tokens) + least if least else 0
+
+    def text(self, tokens: Sequence[int], adapter: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A text that is embedded, once a shard: its tokens [B, T], how many there are [B] and its adapter [B]."""
+        length = bucket(max(MIN_CHUNK, len(tokens)), self.pages_a_row * self.page_size, self.length_multiple)
+        rows = np.zeros((self.num_shards, length), np.int32)
+        rows[:, : len(tokens)] = tokens
+        return rows, np.full(self.num_shards, len(tokens), np.int32), np.full(self.num_shards, adapter, np.int32)
+
+    def every_text(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """A text of every bucket up to LONGEST_TEXT tokens."""
+        longest = min(LONGEST_TEXT, self.pages_a_row * self.page_size)
+        lengths = {bucket(tokens, longest) for tokens in range(MIN_CHUNK, longest + 1)}
+        yield from (self.text([0] * length, -1) for length in sorted(lengths))
 
     def every_decode(self) -> Iterator[Batch]:
         """A batch of every bucket, off."""

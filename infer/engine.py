@@ -228,7 +228,12 @@ class Engine:
         self._rounds.warmup()
 
     def embed(self, tokens: Sequence[int], pooling: str = "mean", *, adapter: str | None = None) -> np.ndarray:
-        """The final hidden states float32 [D] of a text, the "mean" or the "last", at length 1."""
+        """The final hidden states float32 [D] of a text, the "mean" or the "last", at length 1.
+
+        Raises ValueError for a text without a token or longer than the served context.
+        """
+        if not 1 <= len(tokens) <= self.max_seq_len:
+            raise ValueError(f"a text of {len(tokens):,} tokens: expected 1 to the served {self.max_seq_len:,}")
         mean, last = self._rounds.embed(tokens, self._adapter(adapter))
         vector = {"mean": mean, "last": last}[pooling]
         return vector / np.linalg.norm(vector)

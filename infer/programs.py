@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -139,7 +140,10 @@ class Programs:
     @led
     def embed(self, tokens: np.ndarray, lengths: np.ndarray, adapters: np.ndarray) -> tuple[Array, Array]:
         """Mean and last of the final hidden states float32 [B, D] of texts int32 [B, T]."""
-        return self._run((self._embed, (self.weights, tokens, lengths, adapters), {}))
+        return self._run(self._embed_call(tokens, lengths, adapters))
+
+    def _embed_call(self, tokens: np.ndarray, lengths: np.ndarray, adapters: np.ndarray) -> Call:
+        return self._embed, (self.weights, tokens, lengths, adapters), {}
 
     def _prefill_call(self, prompts: Prompts, batch: Batch, fresh: bool) -> Call:
         return self._prefill, (self.weights, self._holding(batch), prompts, batch), {"fresh": fresh}
@@ -189,20 +193,26 @@ class Programs:
         self,
         decode: Sequence[Batch],
         prefill: Sequence[tuple[Prompts, Batch, bool]],
+        texts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
         bar: Callable[[int], Any] = lambda _: None,
     ) -> None:
-        """Compile for all these batches in every process, several at a time; bar hears here of each that is done."""
+        """Compile for all these batches in every process, several at a time; bar hears here of each that is done.
+
+        Of texts those that the devices have no memory for are left out: they are refused when they are asked for.
+        """
         if self.hosts is not None:
-            self.hosts.tell("warm", decode, prefill)
+            self.hosts.tell("warm", decode, prefill, texts)
         calls = [self._decode_call(batch, 1) for batch in decode]
         calls += [self._prefill_call(*chunks) for chunks in prefill]
+        calls += [self._embed_call(*text) for text in texts]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
             jobs = {}
             for call in calls:
                 if (key := _key(call)) not in self.compiled and key not in jobs:
                     jobs[key] = threads.submit(self._lower(call).compile)
             for key, job in jobs.items():
-                self._keep(key, job.result())
+                with suppress(ValueError) if key[0] is self._embed else nullcontext():
+                    self._keep(key, job.result())
                 bar(1)
 
     def lower(

@@ -20,7 +20,7 @@ from infer.pages import PagePool
 from infer.programs import Programs
 from infer.request import Request, pairs
 from infer.sampling import Choice
-from infer.scheduler import MIN_CHUNK, Chunk, Scheduler, bucket
+from infer.scheduler import Chunk, Scheduler, bucket
 from infer.scheduler import Sequence as Row
 from infer.sizes import (
     ROW_BASE,
@@ -352,9 +352,10 @@ class Rounds:
     def warmup(self) -> None:
         """Compile every bucket: those of batches with penalties, masks or log-probabilities, and of those without."""
         self.open()
-        decode, prefill = list(self._batches.every_decode()), list(self._batches.every_prefill())
-        with progress(len(decode) + len(prefill), desc="compiling", unit=" programs") as bar:
-            self.programs.warm(decode, prefill, bar.update)
+        batches = self._batches
+        all_of = [list(every()) for every in (batches.every_decode, batches.every_prefill, batches.every_text)]
+        with progress(sum(map(len, all_of)), desc="compiling", unit=" programs") as bar:
+            self.programs.warm(*all_of, bar.update)
         nowhere = np.full(self._num_shards, self._batches.num_rows, np.int32)
         nothing = filled_up([], self._batches.pages_a_row * self._batches.page_size)
         self.programs.remember(nowhere, nothing, nothing)
@@ -391,9 +392,5 @@ class Rounds:
 
     def embed(self, tokens: Sequence[int], adapter: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and last of the final hidden states of a text, float32 [D]."""
-        length = bucket(max(MIN_CHUNK, len(tokens)), self.programs.cfg.max_seq_len, self._batches.length_multiple)
-        rows = np.zeros((self._num_shards, length), np.int32)
-        rows[:, : len(tokens)] = tokens
-        lengths, adapters = (np.full(self._num_shards, number, np.int32) for number in (len(tokens), adapter))
-        mean, last = self._timed(partial(self.programs.embed, rows, lengths, adapters))
+        mean, last = self._timed(partial(self.programs.embed, *self._batches.text(tokens, adapter)))
         return np.asarray(mean)[0], np.asarray(last)[0]

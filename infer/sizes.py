@@ -28,6 +28,9 @@ TABLE_BASE_OF_FEW = 16
 # Numbers of pages in the table of a dispatch: those that the kernel of TPUs has scalar memory for.
 MOST_NUMBERS = 2**17
 
+# Tokens of the longest text whose embedding is compiled before it is asked for: OpenAI's own take no longer ones.
+LONGEST_TEXT = 8192
+
 # Rows of a decode dispatch: powers of this. What is read for a row that is off costs an accelerator next to nothing.
 ROW_BASE = {"cpu": 2}
 ROW_BASE_ELSEWHERE = 4

@@ -147,6 +147,8 @@ def test_after_warmup_nothing_compiles():
     settings = (plain, penalized, told)
     with compilations() as seen:
         run_schedule(under_test, [(i % 2, PROMPTS[i % 7], settings[i % 3], None) for i in range(21)])
+        for length in (1, 17, 32):
+            under_test.embed([3] * length)
     assert (under_test.stats().compilations, seen) == (before, [])
 
 

@@ -206,6 +206,7 @@ def test_after_the_warm_up_nothing_compiles(tmp_path):
         with openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:
             for length, more in ((1, {}), (20, {"presence_penalty": 1.0}), (50, {"logprobs": 2}), (40, {"n": 2})):
                 client.completions.create(model="demo", prompt=[5] * length, max_tokens=8, **more)
+                client.embeddings.create(model="demo", input=[5] * length)
         assert metric(address, "llama_jax_compilations_total") == compiled > 0
 
 
