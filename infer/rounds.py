@@ -353,9 +353,9 @@ class Rounds:
         """Compile every bucket: those of batches with penalties, masks or log-probabilities, and of those without."""
         self.open()
         batches = self._batches
-        all_of = [list(every()) for every in (batches.every_decode, batches.every_prefill, batches.every_text)]
-        with progress(sum(map(len, all_of)), desc="compiling", unit=" programs") as bar:
-            self.programs.warm(*all_of, bar.update)
+        decode, prefill, texts = list(batches.every_decode()), list(batches.every_prefill()), list(batches.every_text())
+        with progress(len(decode) + len(prefill) + len(texts), desc="compiling", unit=" programs") as bar:
+            self.programs.warm(decode, prefill, texts, bar.update)
         nowhere = np.full(self._num_shards, self._batches.num_rows, np.int32)
         nothing = filled_up([], self._batches.pages_a_row * self._batches.page_size)
         self.programs.remember(nowhere, nothing, nothing)
