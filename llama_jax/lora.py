@@ -9,6 +9,9 @@ rows ask for; without one it is the base's own.
 """
 
 import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +21,9 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from llama_jax.model import Llama
-from llama_jax.quantize import einsum
+from llama_jax.model import Block, Llama
+from llama_jax.quantize import QuantizedArray, einsum
+from llama_jax.schemes import INPUT_DIMS
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +32,7 @@ class AdaptedWeight:
     """A weight and its A adapters of rank R: down [*inputs, A, R], then up [A, R, *outputs], which holds their scale.
 
     names are those of the adapters. rows int32 [B] says which of them each row of a batch has, -1 for none; None where
-    no row has one.
+    no row has one. Those of stacked layers have a leading L, rows too.
     """
 
     base: Any
@@ -74,6 +78,9 @@ def _sides(subscripts: str) -> tuple[str, str]:
 
 def for_rows(model: Llama, rows: Array) -> Llama:
     """The model for a batch whose rows int32 [B] have these adapters, by number, -1: none."""
+    if isinstance(model.layers, Block):
+        spec = PartitionSpec(None, *jax.typeof(rows).sharding.spec)
+        rows = jax.lax.broadcast_in_dim(rows, (model.cfg.num_layers, *rows.shape), (1,), out_sharding=spec)
 
     def choose(leaf: Any) -> Any:
         return dataclasses.replace(leaf, rows=rows) if _is_adapted(leaf) else leaf
@@ -84,6 +91,58 @@ def for_rows(model: Llama, rows: Array) -> Llama:
 def adapter_names(model: Llama) -> tuple[str, ...]:
     """The names of a model's adapters, in the order of their numbers."""
     return next((leaf.names for leaf in jax.tree.leaves(model, is_leaf=_is_adapted) if _is_adapted(leaf)), ())
+
+
+def with_fresh_adapter(model: Llama, key: Array, *, rank: int, name: str = "default") -> Llama:
+    """The model with a float32 adapter beside every weight of a product, which changes nothing before it is trained.
+
+    down is uniform within 1 / sqrt(inputs) and up is zero, as PEFT begins; both are split as the weight is.
+    """
+    num_leading = int(isinstance(model.layers, Block))
+
+    def at(path: Any, base: Any) -> Any:
+        module = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        dims = INPUT_DIMS.get(module.rpartition(".")[2])
+        if dims is None:
+            return base
+        spec = tuple(jax.typeof(base.values if isinstance(base, QuantizedArray) else base).sharding.spec)
+        inputs = [len(base.shape) + dim for dim in dims]
+        leading, outputs = [*range(num_leading)], [i for i in range(num_leading, len(base.shape)) if i not in inputs]
+
+        def sides(values: Sequence[Any], mine: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+            """Of down and of up, for the values of each dimension of the weight and those of A and R."""
+            before, ins, outs = ([values[i] for i in dims] for dims in (leading, inputs, outputs))
+            return [*before, *ins, *mine], [*before, *mine, *outs]
+
+        (down, up), specs = sides(base.shape, (1, rank)), sides(spec, (None, None))
+        bound = math.prod(base.shape[i] for i in inputs) ** -0.5
+        of_weight = jax.random.fold_in(key, zlib.crc32(module.encode()))
+        down_spec, up_spec = (PartitionSpec(*spec) for spec in specs)
+        down = jax.random.uniform(of_weight, down, jnp.float32, -bound, bound, out_sharding=down_spec)
+        return AdaptedWeight(base, down, jnp.zeros(up, jnp.float32, out_sharding=up_spec), (name,))
+
+    return jax.tree.map_with_path(at, model, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+
+
+def split_adapters(model: Llama) -> tuple[Llama, Llama]:
+    """The adapters, which are trained, and all else, which is not: each a model with None in place of the other's."""
+
+    def trained(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, base=None, rows=None) if _is_adapted(leaf) else None
+
+    def frozen(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, down=None, up=None) if _is_adapted(leaf) else leaf
+
+    return tuple(jax.tree.map(side, model, is_leaf=_is_adapted) for side in (trained, frozen))
+
+
+def join_adapters(trained: Llama, frozen: Llama) -> Llama:
+    """The model that `split_adapters` made two of."""
+
+    def join(mine: Any, rest: Any) -> Any:
+        return rest if mine is None else dataclasses.replace(rest, down=mine.down, up=mine.up)
+
+    return jax.tree.map(join, trained, frozen, is_leaf=lambda leaf: leaf is None or _is_adapted(leaf))
 
 
 def _is_adapted(leaf: Any) -> bool:

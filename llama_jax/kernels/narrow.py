@@ -174,7 +174,6 @@ def _by_slabs(letters: tuple[str, str, str], x: Array, weight: Narrow) -> Array:
         return out.reshape(*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :])
     dim = x_letters.index(first)
     parts = jnp.moveaxis(x.reshape(*x.shape[:dim], num_slabs, -1, *x.shape[dim + 1 :]), dim, 0)
-    sizes = dict(zip(w_letters, weight.values.shape, strict=True)) | {"N": len(x)}
-    start = jnp.zeros([sizes[letter] for letter in result], jnp.float32)
-    start = jax.lax.pcast(start, tuple(jax.typeof(x).vma | jax.typeof(weight.values).vma), to="varying")
+    # The zeros of one slab's product vary over the mesh as the sum will; itself it is not computed.
+    start = jnp.zeros_like(multiply(parts[0], [None if slab is None else slab[0] for slab in slabs]))
     return jax.lax.scan(lambda total, part: (total + multiply(*part), None), start, (parts, slabs))[0]
