@@ -239,7 +239,7 @@ class Engine:
         return vector / np.linalg.norm(vector)
 
     def lower(self, requests: Sequence[Request]) -> Lowered:
-        """The last prefill and decode of requests as `run` compiles them, and the abstract pools; nothing is run."""
+        """The last prefill and decode of requests as `run` compiles them, and what they hold; nothing is run."""
         return self._rounds.lower(requests)
 
     def lower_largest(self, left: int) -> Lowered:

@@ -143,14 +143,11 @@ def open_draft(
 
     Raises ValueError for options that exclude each other and for a draft that has another vocabulary.
     """
-    from infer.speculation import check_draft, check_num_tokens
+    from infer.speculation import check_draft
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.tokenizer import load_tokenizer
 
-    if args.num_draft_tokens is not None:
-        check_num_tokens(args.num_draft_tokens)
-        if args.draft is None and args.speculate is None:
-            raise ValueError("--num-draft-tokens needs something that guesses: --draft C or --speculate ngram")
+    check_num_draft_tokens(args)
     if args.draft is None:
         return None
     draft = open_checkpoint(args.draft, allow_unknown_config=args.allow_unknown_config)
@@ -158,6 +155,16 @@ def open_draft(
     if tokenizer is not None and load_tokenizer(draft.companions).token_bytes != tokenizer.token_bytes:
         raise ValueError(f"--draft {args.draft} has another tokenizer than the model; use one with the same")
     return draft
+
+
+def check_num_draft_tokens(args: argparse.Namespace) -> None:
+    """Raise ValueError for a --num-draft-tokens that is out of range or with nothing that guesses."""
+    from infer.speculation import check_num_tokens
+
+    if args.num_draft_tokens is not None:
+        check_num_tokens(args.num_draft_tokens)
+        if args.draft is None and args.speculate is None:
+            raise ValueError("--num-draft-tokens needs something that guesses: --draft C or --speculate ngram")
 
 
 def load_speculation(

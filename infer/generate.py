@@ -87,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do what the options say. Raises ValueError or OSError for what is wrong with them."""
+    check_prompt_options(args)
     if args.plan:
         from infer.plan import print_plan
 
         return print_plan(args)
-    check_prompt_options(args)
     startup = Startup()
     import infer.engine  # noqa: F401
     from infer.hosts import Hosts

@@ -2,8 +2,9 @@
 
 The engine's own prefill and decode are compiled, with abstract weights and caches: for prompts that fill
 the context up to the new tokens, or those of a server all of whose rows and pages are in use. A decode
-step reads every weight and the whole cache once, so its least time is those bytes over the memory's
-bandwidth. The invariant: what is compiled here for cpu:8 is what the engine runs on eight CPU devices.
+step reads every weight and the whole cache once, and a draft's for every guess, so its least time is those
+bytes over the memory's bandwidth. The invariant: what is compiled here for cpu:8 is what the engine runs on
+eight CPU devices.
 """
 
 import argparse
@@ -15,25 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from infer.engine import Engine
-from infer.entry import is_streamed, open_model, steps_per_dispatch
 from infer.sampling import SamplingParams
-from llama_jax.config import PRESETS, LlamaConfig, set_field
+from infer.speculation import DraftModel
+from infer.steps import Held, tokens_a_step
+from infer.workload import Workload, workload
 from llama_jax.devices import model_name, use_compilation_cache
-from llama_jax.entry import parse_settings, say
-from llama_jax.memory import abstract_model, bytes_a_device, weight_bytes
+from llama_jax.entry import say
+from llama_jax.memory import bytes_a_device
 from llama_jax.mesh import inference_mesh_spec, legal_tensor_sizes, parse_mesh
 from llama_jax.model import Llama
 from llama_jax.plan import Plan, Terms, capacity, check_directory, gib, plan, rows, sources, table, try_each
 from llama_jax.program import Buffer
-from llama_jax.schemes import Scheme, find_scheme
 from llama_jax.slices import Slice, all_slices, open_slice, parse_slice, smallest_slice, use_slice
-
-# Context that is planned for where none is asked for and the model has more.
-CONTEXT = 8192
 
 _NUM_BEST = 5
 
@@ -46,29 +42,6 @@ _ASSUMED = ("decode_read_seconds", "tokens_per_second", "tokens_per_dollar", "la
 
 # Contexts are advised in whole multiples of it.
 _CONTEXT_STEP = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """What is asked of the engine: batch prompts at a time, each of prompt_tokens that go on to the end of the context.
-
-    engine: arguments of the Engine, whose context is this one if they do not say. is_served: its pool takes all
-    memory that it may, whatever the prompts.
-    """
-
-    cfg: LlamaConfig
-    dtype: DTypeLike
-    batch: int
-    prompt_tokens: int
-    context: int
-    engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    is_served: bool = False
-    quantize: str | None = None
-
-    @property
-    def scheme(self) -> Scheme | None:
-        """How the weights are quantized."""
-        return None if self.quantize is None else find_scheme(self.quantize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +89,8 @@ def print_plan(args: argparse.Namespace, *, served: Mapping[str, Any] | None = N
     served: arguments of the engine of a server; without them prompts are continued as infer.generate does.
     Raises ValueError for what cannot be planned.
     """
-    if args.draft or args.speculate:
-        raise ValueError("--plan plans decoding without --draft and --speculate; leave them out")
-    if args.adapter:
-        raise ValueError("--plan does not count adapters, whose memory is a thousandth; leave --adapter out")
     target = parse_slice(args.plan)
-    work = dataclasses.replace(_workload(args, target, served), quantize=args.quantize)
-    cfg = work.cfg
+    work = workload(args, target, served)
     check_weights(work, target)
     hlo = Path(args.hlo) if args.hlo else None
     check_directory(hlo)
@@ -136,7 +104,7 @@ def print_plan(args: argparse.Namespace, *, served: Mapping[str, Any] | None = N
             plan_generation(work, target, found.mesh, hlo=hlo)
     if not found.fits:
         found = dataclasses.replace(found, advice=advice(work, target, found))
-    print(json.dumps(report(found)) if args.json else table(_lines(cfg, found)))
+    print(json.dumps(report(found)) if args.json else table(_lines(work, found)))
 
 
 def report(found: GenerationPlan) -> dict[str, Any]:
@@ -153,48 +121,14 @@ def report(found: GenerationPlan) -> dict[str, Any]:
     return dict.fromkeys(_OF_TRAINING) | after | of_larger | dataclasses.asdict(found) | {"sources": origin}
 
 
-def _workload(args: argparse.Namespace, target: Slice, served: Mapping[str, Any] | None) -> Workload:
-    cfg, dtype = _model(args, target)
-    limit = args.max_seq_len or cfg.max_seq_len
-    if served is not None:
-        return Workload(cfg, dtype, served["max_batch_size"], limit - 1, limit, served, is_served=True)
-    context = args.max_seq_len or min(limit, CONTEXT)
-    room = min(args.max_new_tokens, context - 1)
-    num_prompts = max(1, len(args.prompts))
-    steps = steps_per_dispatch(cfg, streamed=is_streamed(args, num_prompts))
-    engine = {"max_seq_len": limit, "steps_per_dispatch": steps}
-    return Workload(cfg, dtype, num_prompts, context - room, context, engine)
-
-
-def _model(args: argparse.Namespace, target: Slice) -> tuple[LlamaConfig, DTypeLike]:
-    """The architecture and the dtype that the run would choose."""
-    if args.checkpoint in PRESETS:
-        cfg, stored = PRESETS[args.checkpoint], "bfloat16"
-        for key, value in parse_settings(args.set).items():
-            cfg = set_field(cfg, key, value)
-    else:
-        checkpoint = open_model(args)
-        cfg, stored = checkpoint.cfg, checkpoint.source.tensors["model.embed_tokens.weight"].dtype
-    if args.max_seq_len is not None and not 2 <= args.max_seq_len <= cfg.max_seq_len:
-        raise ValueError(f"max_seq_len={args.max_seq_len} must be between 2 and the model's {cfg.max_seq_len}")
-    return cfg, args.dtype or ("float32" if target.kind == "cpu" else stored)
-
-
 def check_weights(work: Workload, target: Slice) -> None:
     """Raise ValueError that names the smallest slice that can if this one cannot hold the weights."""
-    weights, most = _stored_bytes(work, target), target.chip.hbm_bytes
+    weights, most = work.stored_bytes(target), target.chip.hbm_bytes
     if most and weights > most * target.num_chips:
         enough = smallest_slice(target.kind, weights)
         way = f"the smallest slice that holds them is {enough}" if enough else f"no slice of {target.kind} holds them"
         has = f"{target} has {target.num_chips} x {gib(most)}"
         raise ValueError(f"{model_name(work.cfg)}: weights are {gib(weights)}, and {has}; {way}")
-
-
-def _stored_bytes(work: Workload, target: Slice) -> int:
-    if work.scheme is None:
-        return jnp.dtype(work.dtype).itemsize * work.cfg.num_params()
-    with use_slice(target, "data=-1"):  # all of them on each
-        return weight_bytes(work.cfg, work.dtype, work.scheme)
 
 
 def search(work: Workload, target: Slice, *, seconds: float) -> list[tuple[str, GenerationPlan]]:
@@ -203,7 +137,7 @@ def search(work: Workload, target: Slice, *, seconds: float) -> list[tuple[str, 
     Raises ValueError if none has room for weights and cache, and as `open_slice` does.
     """
     open_slice(target)  # its errors are no reason to try another mesh
-    weights, most = _stored_bytes(work, target), target.chip.hbm_bytes or math.inf
+    weights, most = work.stored_bytes(target), target.chip.hbm_bytes or math.inf
     own = parse_mesh(inference_mesh_spec(work.cfg, target.num_chips, target.chips_per_host), target.num_chips)
     slices = 1 if target.is_gpu else target.num_slices
 
@@ -240,20 +174,37 @@ def summary(found: GenerationPlan) -> str:
 def plan_generation(work: Workload, target: Slice, mesh: str, *, hlo: Path | None = None) -> GenerationPlan:
     """Compile prefill and decode; hlo is where the text of decode goes, and beside it, as .2, that of prefill."""
     with use_slice(target, mesh):
-        model = abstract_model(work.cfg, work.dtype, work.scheme, "layers")
-        engine = Engine(model, **{"max_seq_len": work.context, **work.engine})
-        say(f"compiling {model_name(work.cfg)}, {work.batch} x {work.context} tokens, {mesh}, for {target}")
+        model, guesser = work.models()
+        engine = Engine(model, **{"max_seq_len": work.context, **work.engine, "speculation": guesser})
         parts = {"weights": bytes_a_device(model)}
+        if isinstance(guesser, DraftModel):
+            parts["draft"] = bytes_a_device(guesser.model)
+        say(f"compiling {model_name(work.cfg)}, {work.batch} x {work.context} tokens, {mesh}, for {target}")
         if work.is_served:
-            prefill, decode, caches = engine.lower_largest(capacity(target) - parts["weights"])
+            prefill, decode, held = engine.lower_largest(capacity(target) - sum(parts.values()))
             work = dataclasses.replace(work, context=engine.max_seq_len)
         else:
             params = SamplingParams(max_new_tokens=work.context - work.prompt_tokens)
-            prefill, decode, caches = engine.lower(engine.requests([[0] * work.prompt_tokens] * work.batch, params))
-        terms = model_terms(model, caches)
+            prefill, decode, held = engine.lower(engine.requests([[0] * work.prompt_tokens] * work.batch, params))
+        terms = model_terms(model, held.pages)
+        cache = bytes_a_device(held.pages) + bytes_a_device(held.ahead)
         first = plan(prefill, target, parts=parts, terms=terms, hlo=hlo and hlo.with_name(f"{hlo.name}.2"))
-        after = plan(decode, target, parts=parts | {"cache": bytes_a_device(caches)}, terms=terms, hlo=hlo)
-        return _generation_plan(work, model, target, first, after, caches=caches)
+        after = plan(decode, target, parts=parts | {"cache": cache}, terms=terms, hlo=hlo)
+        read = _bytes_to_read(model, guesser, held)
+        return _generation_plan(work, model, target, (first, after), pages=held.pages, read=read)
+
+
+def _bytes_to_read(model: Llama, guesser: Any, held: Held) -> int:
+    """What a device reads in a step: weights and cache once, those of a draft for each guess and once more."""
+
+    def weights(model: Llama) -> int:
+        looked_up = 0 if model.head is None else bytes_a_device(model.embedding)
+        return bytes_a_device(model) - looked_up
+
+    size = weights(model) + bytes_a_device(held.pages)
+    if isinstance(guesser, DraftModel):
+        size += tokens_a_step(guesser) * (weights(guesser.model) + bytes_a_device(held.ahead))
+    return size
 
 
 def model_terms(model: Llama, caches: Any) -> Terms:
@@ -272,25 +223,25 @@ def model_terms(model: Llama, caches: Any) -> Terms:
 
 
 def _generation_plan(
-    work: Workload, model: Llama, target: Slice, prefill: Plan, decode: Plan, *, caches: Any
+    work: Workload, model: Llama, target: Slice, programs: tuple[Plan, Plan], *, pages: Any, read: int
 ) -> GenerationPlan:
+    prefill, decode = programs
     weights, cache = decode.parts["weights"], decode.parts["cache"]
     # Rows of slots, or pages of them.
-    num_tokens = caches[0].k.shape[0] * caches[0].k.shape[2]
+    num_tokens = pages[0].k.shape[0] * pages[0].k.shape[2]
     multiple = model.rules.batch_multiple
     num_rows = -(-(1 << (work.batch - 1).bit_length()) // multiple) * multiple
-    looked_up = 0 if model.head is None else bytes_a_device(model.embedding)
-    read, peak = weights - looked_up + cache, max(prefill.hbm_peak_bytes, decode.hbm_peak_bytes)
-    growth = max(0, decode.hbm_capacity_bytes - weights) / (peak - weights)
+    fixed, peak = weights + decode.parts.get("draft", 0), max(prefill.hbm_peak_bytes, decode.hbm_peak_bytes)
+    growth = max(0, decode.hbm_capacity_bytes - fixed) / (peak - fixed)
     seconds = read / target.chip.hbm_bandwidth if target.chip.hbm_bandwidth else None
-    speed, price = seconds and work.batch / seconds, target.price * decode.chips
+    speed, price = seconds and work.batch * (1 + work.num_draft_tokens) / seconds, target.price * decode.chips
     largest_part = max(map(bytes_a_device, jax.tree.leaves(model)))
     return GenerationPlan(
         slice=str(target),
         chips=decode.chips,
         mesh=decode.mesh,
         fits=prefill.fits and decode.fits,
-        dtype=str(caches[0].k.dtype),
+        dtype=str(pages[0].k.dtype),
         quantize=work.quantize,
         batch=work.batch,
         context=work.context,
@@ -306,7 +257,7 @@ def _generation_plan(
         largest_batch=int(growth * num_tokens / work.context) // multiple * multiple,
         largest_context=min(model.cfg.max_seq_len, int(growth * num_tokens / num_rows)),
         host_ram_to_load_bytes=largest_part * min(decode.chips, target.chips_per_host),
-        disk_bytes=_stored_bytes(work, target),
+        disk_bytes=work.stored_bytes(target),
         compile_seconds=prefill.compile_seconds + decode.compile_seconds,
         prefill=prefill,
         decode=decode,
@@ -343,18 +294,21 @@ def advice(work: Workload, target: Slice, found: GenerationPlan, *, seconds: flo
     return f"{text} {verdict}: {gib(best.hbm_peak_bytes)} of {gib(best.hbm_capacity_bytes)}"
 
 
-def _lines(cfg: LlamaConfig, found: GenerationPlan) -> list[tuple[str, str, str]]:
+def _lines(work: Workload, found: GenerationPlan) -> list[tuple[str, str, str]]:
     where = f"{found.slice}, {found.mesh}"
     kind = f"{found.dtype}, weights in {found.quantize}" if found.quantize else found.dtype
-    lines = [(where, "", f"{model_name(cfg)} in {kind}, {found.batch} x {found.context:,} tokens")]
+    lines = [(where, "", f"{model_name(work.cfg)} in {kind}, {found.batch} x {found.context:,} tokens")]
     for name, program in (("prefill", found.prefill), ("decode", found.decode)):
         lines += [(name, "measured", f"compiled in {program.compile_seconds:.0f} s")]
         lines += [(f"  {label}", source, value) for label, source, value in rows(program)]
     if found.advice:
         lines.append(("what to change", "compiled", found.advice))
     if found.decode_read_seconds is not None:
-        best = f"{1e3 * found.decode_read_seconds:.3g} ms, {found.tokens_per_second:,.0f} tokens/s"
-        lines.append(("a token at best", "assumed", f"reads {gib(found.decode_read_bytes)} in {best}"))
+        name, rate = "a token at best", f"{found.tokens_per_second:,.0f} tokens/s"
+        if work.num_draft_tokens:
+            name, rate = "a step at best", f"{rate} if every guess is right"
+        least = f"{1e3 * found.decode_read_seconds:.3g} ms"
+        lines.append((name, "assumed", f"reads {gib(found.decode_read_bytes)} in {least}, {rate}"))
     lines += [
         ("cache", "exact", f"{found.cache_tokens:,} tokens in {gib(found.cache_bytes)} a chip"),
         ("largest batch", "estimated", f"{found.largest_batch:,} x {found.context:,} tokens"),

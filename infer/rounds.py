@@ -32,15 +32,15 @@ from infer.sizes import (
     platform,
 )
 from infer.speculation import cache_multiple
-from infer.steps import Batch, Prompts, Told, tokens_a_step
+from infer.steps import Batch, Held, Prompts, Told, tokens_a_step
 from infer.throughput import EngineStats, Throughput
 from llama_jax.attention import gathers_pages
 from llama_jax.entry import say
 from llama_jax.model import Llama
 from llama_jax.progress import progress
 
-# Prefill and decode, and the abstract pools of every layer.
-Lowered = tuple[jax.stages.Lowered, jax.stages.Lowered, tuple[Any, ...]]
+# Prefill and decode, and what they hold, abstract.
+Lowered = tuple[jax.stages.Lowered, jax.stages.Lowered, Held]
 
 
 class Dispatch(NamedTuple):
@@ -361,7 +361,7 @@ class Rounds:
         self.programs.remember(nowhere, nothing, nothing)
 
     def lower(self, requests: Sequence[Request]) -> Lowered:
-        """The last prefill and decode of requests, were they alone, and the abstract pools, on the ambient mesh."""
+        """The last prefill and decode of requests, were they alone, and what they hold, on the ambient mesh."""
         pages = self._pages_for(requests)
         scheduler = self._new_scheduler(pages)
         for request in requests:
@@ -378,7 +378,7 @@ class Rounds:
         return self._lower((prompts, batch, not last[0].start), decode, pages)
 
     def lower_largest(self, left: int) -> Lowered:
-        """The largest prefill and decode that `warmup` compiles but for those of few requests, and the abstract pools.
+        """The largest prefill and decode that `warmup` compiles but for those of few requests, and what they hold.
 
         left: bytes that a device has beside weights, which decide how many pages there are.
         """
@@ -387,8 +387,7 @@ class Rounds:
 
     def _lower(self, prefill: tuple[Prompts, Batch, bool], decode: Batch, pages: int) -> Lowered:
         pool = {"num_pages": self._num_shards * pages, "page_size": self._batches.page_size, "dtype": self._dtype}
-        first, after, held = self.programs.lower(*prefill, decode, **pool)
-        return first, after, held.pages
+        return self.programs.lower(*prefill, decode, **pool)
 
     def embed(self, tokens: Sequence[int], adapter: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and last of the final hidden states of a text, float32 [D]."""

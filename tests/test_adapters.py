@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+import infer.plan
 import llama_jax
 from infer import generate, serve
 from infer.engine import Engine
@@ -18,6 +19,7 @@ from infer.sizes import CacheOptions
 from infer.speculation import Ngrams
 from llama_jax.checkpoint.adapters import load_adapters, read_adapter
 from llama_jax.lora import adapter_names
+from llama_jax.plan import plan
 from tests.reference import hf_model, save_hf
 from tests.tiny import TINY
 
@@ -118,6 +120,22 @@ def test_generate_takes_an_adapter(saved, engine, capsys):
     assert json.loads(capsys.readouterr().out)["tokens"] == expected.tokens
     with pytest.raises(ValueError, match="takes one --adapter"):
         generate.main([*options, "--adapter", "a", "--adapter", "b"])
+
+
+def test_a_plan_counts_an_adapter_and_lowers_the_programs_of_its_run(saved, monkeypatch):
+    base, directories = saved
+    engine = Engine(adapted((base, {"all": directories["all"]})), max_seq_len=32)
+    engine.generate([1] * 24, SamplingParams(max_new_tokens=8), adapter="all")
+    run = [compiled.memory_analysis() for compiled in engine._compiled.values()]
+    plans = []
+    monkeypatch.setattr(infer.plan, "plan", lambda *args, **known: plans.append(plan(*args, **known)) or plans[-1])
+    options = ["--checkpoint", str(base), "--mesh", "data=1", "--plan", "cpu:1", "--max-seq-len", "32"]
+    generate.main([*options, "--max-new-tokens", "8", "--adapter", str(directories["all"])])
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._rounds.programs.weights))
+    assert [found.parts["weights"] for found in plans] == [held, held]
+    assert [found.hbm_temporaries_bytes for found in plans] == [
+        stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes for stats in run
+    ]
 
 
 def test_adapters_have_names_of_their_own():

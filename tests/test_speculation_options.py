@@ -31,7 +31,7 @@ def test_a_text_is_the_same_with_guesses_and_what_became_of_them_is_told(options
             "--num-draft-tokens needs something that guesses: --draft C or --speculate ngram",
         ),
         (["--speculate", "ngram", "--num-draft-tokens", "99"], "num_draft_tokens=99: expected 1 to 32"),
-        (["--speculate", "ngram", "--plan", "v4:1x1x1"], "--plan plans decoding without --draft and --speculate"),
+        (["--num-draft-tokens", "2", "--plan", "v4:1x1x1"], "needs something that guesses: --draft C or --speculate"),
         (["--draft", "absent"], "absent"),
     ],
 )

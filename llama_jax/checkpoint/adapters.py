@@ -107,12 +107,12 @@ def _of_module(pattern: Any, module: str, default: Any) -> Any:
 def load_adapters(model: Llama, adapters: Mapping[str, str | Path]) -> Llama:
     """The model, layout "layers", with adapters from these directories beside its weights, numbered in this order.
 
-    Arrays are split like the weights and have the dtype of the embedding. Raises ValueError as `read_adapter` does,
-    and for one that was made for a model of other shapes.
+    Arrays are split like the weights, abstract beside abstract ones, and have the dtype of the embedding. Raises
+    ValueError as `read_adapter` does, and for one that was made for a model of other shapes.
     """
     found = {name: read_adapter(directory) for name, directory in adapters.items()}
     leaves, tree = jax.tree.flatten_with_path(model, is_leaf=_is_quantized)
-    dtype, names, adapted = model.embedding[...].dtype, set[str](), []
+    dtype, names, adapted = model.embedding.dtype, set[str](), []
     for path, leaf in leaves:
         weights, stacked = stored_weights(jax.tree_util.keystr(path, simple=True, separator="."), model.cfg.num_layers)
         if stacked:
@@ -149,18 +149,21 @@ def _adapted(
             raise ValueError(f"the adapter {name!r} changes {weight.name} {made_for}; here it is {(num_out, num_in)}")
         down[:, number, : change.down.shape[0]] = change.down.T
         up[number, : change.up.shape[1]] = change.up.T
-    sharding = (base.values if isinstance(base, QuantizedArray) else base).sharding
-    spec = (*sharding.spec, *(None,) * (len(base.shape) - len(sharding.spec)))
+    like = base.values if isinstance(base, QuantizedArray) else base
+    spec = (*like.sharding.spec, *(None,) * (len(base.shape) - len(like.sharding.spec)))
     of_outputs, of_inputs = weight.sides(spec)
     return AdaptedWeight(
         base,
-        _placed(down.reshape(*inputs, *down.shape[1:]), dtype, sharding, (*of_inputs, None, None)),
-        _placed(up.reshape(*up.shape[:2], *outputs), dtype, sharding, (None, None, *of_outputs)),
+        _placed(down.reshape(*inputs, *down.shape[1:]), dtype, like, (*of_inputs, None, None)),
+        _placed(up.reshape(*up.shape[:2], *outputs), dtype, like, (None, None, *of_outputs)),
         names=tuple(adapters),
     )
 
 
-def _placed(values: np.ndarray, dtype: DTypeLike, like: NamedSharding, spec: tuple) -> Array:
+def _placed(values: np.ndarray, dtype: DTypeLike, like: Any, spec: tuple) -> Any:
+    """Values on the devices of an array, or, where that is abstract, what they would be there."""
     values = values.astype(dtype)
-    sharding = NamedSharding(like.mesh, PartitionSpec(*spec))
+    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*spec))
+    if not isinstance(like, Array):
+        return jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=sharding)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
