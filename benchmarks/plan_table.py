@@ -139,7 +139,7 @@ TRAINING = {
         8192,
         "fsdp=64,tensor=8",
         micro_batch_tokens=8192,
-        peers=(Published("recipe, 64 GiB offloaded; under", 95.0, 50660, 116.76, 1545.2, 767.7, 7),),
+        peers=(Published("recipe, 64 GiB offloaded; under", 95.0, 50660, 116.76, 1545.2, 767.7, 9),),
     ),
     "405b-v4-2048-128k": Training(
         "llama3.1-405b", "v4:8x16x16", 128, 131_072, "fsdp=16,context=16,tensor=8", micro_batch_tokens=8192
