@@ -40,7 +40,7 @@ class Training:
         ones = np.ones((rows, length), np.int32)
         batch = Batch(tokens[:, :-1], tokens[:, 1:], positions, ones, ones.astype(np.float32))
         self._batch = put_batch(batch, self.state.params.rules)
-        step = functools.partial(train_step, optimizer, jnp.dtype("float32"), "dots", 1)
+        step = functools.partial(train_step, optimizer, jnp.dtype("float32"), remat="dots", num_chunks=1)
         self._step = jax.jit(step, donate_argnums=0)
 
     def step(self) -> None:

@@ -1,19 +1,23 @@
-"""Weights rounded to the nearest of few values, one or those of a whole model.
+"""Weights rounded to the nearest of few values, one or those of a whole model; and as if they were, in training.
 
-The invariant: a value is off by half a step of its group at most, which is its scale, or for FP8 and NF4 the gap
-between two of their values times the scale.
+Source of the training: the straight-through estimator (arXiv 1308.3432). The invariant: a value is off by half a step
+of its group at most, which is its scale, or for FP8 and NF4 the gap between two of their values times the scale.
 """
 
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
-from llama_jax.kernels.narrow import NF4, in_blocks, limits, out_of_blocks, rounded
-from llama_jax.quantize import QuantizedArray, block_spec
+from llama_jax.kernels.narrow import NF4, in_blocks, limits, out_of_blocks, round_inputs, rounded
+from llama_jax.quantize import QuantizedArray, block_spec, einsum
 from llama_jax.schemes import INPUT_DIMS, Scheme
 
 Model = TypeVar("Model")
@@ -32,6 +36,71 @@ def quantize_model(model: Model, scheme: Scheme | None, num_layers: int) -> Mode
 def quantize_weight(weight: Array, path: str, scheme: Scheme) -> QuantizedArray:
     """The weight at a path in the model, by a scheme that covers it, compiled once for each shape."""
     return _quantized(weight, scheme, INPUT_DIMS[path.removesuffix(".value").rpartition(".")[2]])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A float32 weight that multiplies as if a scheme had rounded it, for training towards that.
+
+    Its product is that of the quantized weight, up to float rounding; the gradient passes the rounding, of weight and
+    activations, as if it were not there.
+    """
+
+    weight: Any
+    scheme: Scheme = field(metadata={"static": True})
+    input_dims: tuple[int, ...] = field(metadata={"static": True})
+
+    def __getitem__(self, index: Any) -> "RoundedWeight":
+        """Itself for `...`, by which modules take the value of a parameter."""
+        if index is not ...:
+            raise TypeError("a rounded weight is not indexed")
+        return self
+
+    def product(
+        self, subscripts: str, x: Array, *, out_sharding: PartitionSpec, out_dtype: DTypeLike | None = None
+    ) -> Array:
+        """`einsum` of x with the rounded weight, whose rounding is done anew each time."""
+        narrow = quantized(jax.lax.stop_gradient(self.weight), self.scheme, self.input_dims)
+        weight = _straight_through(self.weight, narrow.dequantize())
+        if (dtype := self.scheme.rest.inputs) is not None:
+            of_x, _, result = re.split(",|->", subscripts)
+            num_inputs = sum(letter not in result for letter in of_x)
+            values, scale = round_inputs(jax.lax.stop_gradient(x), num_inputs, dtype, self.scheme.rest.bound)
+            near = values.astype(jnp.float32) * jnp.expand_dims(scale, tuple(range(-num_inputs, 0)))
+            x = _straight_through(x, near.astype(x.dtype))
+        return einsum(subscripts, x, weight, out_sharding=out_sharding, out_dtype=out_dtype)
+
+
+@jax.custom_jvp
+def _straight_through(x: Array, rounded: Array) -> Array:
+    """What x was rounded to, with the gradient of x."""
+    return rounded
+
+
+_straight_through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+
+
+def rounded_in_training(model: Model, scheme: Scheme | None, num_layers: int) -> Model:
+    """A model of float32 weights, of which those that a scheme covers multiply as if it had rounded them."""
+    if scheme is None:
+        return model
+
+    def at(path: Any, weight: Array) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        covered = scheme.covers(name, num_layers)
+        return RoundedWeight(weight, scheme, INPUT_DIMS[name.rpartition(".")[2]]) if covered else weight
+
+    return jax.tree.map_with_path(at, model)
+
+
+def computed_in(model: Model, dtype: DTypeLike) -> Model:
+    """A model with its weights in a dtype, but for rounded ones, which are rounded from float32."""
+
+    def is_rounded(leaf: Any) -> bool:
+        return isinstance(leaf, RoundedWeight)
+
+    return jax.tree.map(lambda w: w if is_rounded(w) else w.astype(dtype), model, is_leaf=is_rounded)
 
 
 def quantized(weight: Array, scheme: Scheme, input_dims: Sequence[int]) -> QuantizedArray:

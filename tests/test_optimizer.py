@@ -51,7 +51,7 @@ def fresh_state(optimizer) -> TrainState:
 def stepped(optimizer, batch, *, steps=1, **options):
     """The state before and after some steps on the ambient mesh, and the metrics of the last."""
     state = before = fresh_state(optimizer)
-    step = jax.jit(functools.partial(train_step, optimizer, jnp.float32, "full", 1, **options))
+    step = jax.jit(functools.partial(train_step, optimizer, jnp.float32, remat="full", num_chunks=1, **options))
     metrics = None
     for _ in range(steps):
         state, metrics = step(state, put_batch(batch, state.params.rules))

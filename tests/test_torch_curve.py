@@ -89,7 +89,8 @@ def torch_curve(model: transformers.LlamaForCausalLM, batches: list[Batch], cfg:
 def our_curve(params: llama_jax.Llama, batches: list[Batch], cfg: OptimizerConfig) -> list[float]:
     optimizer = make_optimizer(cfg, STAGE)
     state = TrainState(params, jax.jit(optimizer.init)(params))
-    step = jax.jit(functools.partial(train_step, optimizer, jnp.float32, "none", 1, num_parts=2), donate_argnums=0)
+    how = {"remat": "none", "num_chunks": 1, "num_parts": 2}
+    step = jax.jit(functools.partial(train_step, optimizer, jnp.float32, **how), donate_argnums=0)
     losses = []
     for batch in batches:
         state, metrics = step(state, batch)

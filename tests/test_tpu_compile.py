@@ -54,7 +54,8 @@ with jax.set_mesh(mesh):
     state = jax.eval_shape(init)
     sharding = NamedSharding(mesh, state.params.rules("batch", "sequence"))
     ids, mask = (jax.ShapeDtypeStruct((4, 2048), dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32))
-    step = jax.jit(functools.partial(train_step, optimizer, jnp.bfloat16, remat, 4), donate_argnums=0)
+    how = {"remat": remat, "num_chunks": 4}
+    step = jax.jit(functools.partial(train_step, optimizer, jnp.bfloat16, **how), donate_argnums=0)
     program = step.lower(state, Batch(ids, ids, ids, ids, mask)).compile()
 calls = [line for line in program.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
 names = [re.search(r"splash_mha_(fwd|dq|dkv)", line)[1] for line in calls]

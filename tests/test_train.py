@@ -145,7 +145,7 @@ def one_step(mesh, remat, chunks):
             params = Llama(cfg, rngs=nnx.Rngs(0))
             return TrainState(params, optimizer.init(params))
 
-        step = jax.jit(functools.partial(train_step, optimizer, jnp.float32, remat, chunks))
+        step = jax.jit(functools.partial(train_step, optimizer, jnp.float32, remat=remat, num_chunks=chunks))
         state = jax.jit(init)()
         batch = put_batch(random_batch(cfg), state.params.rules)
         after, metrics = step(state, batch)

@@ -132,6 +132,8 @@ def test_a_stage_takes_the_mesh_of_the_run_unless_it_has_its_own(tmp_path):
         ("model.preset", ["llama3.1-8b"], r"unknown model.preset \['llama3.1-8b'\]"),
         ("stage", 3, "stage must be a table"),
         ("run.compute_dtype", "float16", "run: compute_dtype='float16' is not one of bfloat16, float32"),
+        ("run.quantize", "int3", "run: unknown quantization 'int3'; expected one of int8, "),
+        ("run.quantize", "fp8", "run: quantize='fp8' treats layers unlike, .* use int8-a8"),
         ("model.num_heads", 3, "model: num_heads=3 is not a multiple"),
     ],
 )

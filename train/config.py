@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import PRESETS, LlamaConfig, set_field
+from llama_jax.schemes import Scheme, find_scheme
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -213,14 +214,16 @@ class StageConfig:
 class RunConfig:
     """What a run does beside the mathematics.
 
-    loss_chunks: into how many parts of the vocabulary the loss takes its logits. micro_batch_tokens: the
-    most tokens that a device takes at a time, 0 for its share of the whole batch; gradients of the
-    parts are added up in float32.
+    quantize: the scheme by which every product rounds its weights while their float32 form is trained ("" for none),
+    of those that inference has. loss_chunks: into how many parts of the vocabulary the loss takes its logits.
+    micro_batch_tokens: the most tokens that a device takes at a time, 0 for its share of the whole batch; gradients
+    of the parts are added up in float32.
     """
 
     seed: int = 0
     mesh: str = "fsdp=-1"
     compute_dtype: str = "bfloat16"
+    quantize: str = ""
     remat: str = "full"
     loss_chunks: int = 1
     micro_batch_tokens: int = 0
@@ -233,13 +236,22 @@ class RunConfig:
     watchdog_seconds: float = 600.0
 
     def __post_init__(self):
-        """Raises ValueError for a dtype that is not computed in or a count that cannot be."""
+        """Raises ValueError for a dtype that is not computed in, a scheme or a count that cannot be."""
         _check_choice("compute_dtype", self.compute_dtype, "bfloat16", "float32")
+        if self.scheme and self.scheme.inner_mlp_only:
+            raise ValueError(
+                f"quantize={self.quantize!r} treats layers unlike, which training scans alike; use int8-a8"
+            )
         for key in ("loss_chunks", "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         if self.micro_batch_tokens < 0:
             raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens} must be at least 0, which sets no bound")
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How weights are rounded in training. Raises ValueError for an unknown one."""
+        return find_scheme(self.quantize) if self.quantize else None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.mesh import ShardingRules
 from llama_jax.model import Llama
+from llama_jax.rounding import computed_in
 from train.data.packing import Batch, heldout_by_source, heldout_rows
 from train.data.shards import TokenDataset
 from train.device import put_batch
@@ -30,7 +31,7 @@ def row_losses(params: Llama, batch: Batch, compute_dtype: DTypeLike, *, num_chu
 
     Every device gets all of it, so that each process can read it.
     """
-    model = jax.tree.map(lambda w: w.astype(compute_dtype), params)
+    model = computed_in(params, compute_dtype)
     x = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
     losses, _ = token_losses(model, x, batch.targets, num_chunks=num_chunks)
     return reshard(losses, PartitionSpec(None, None))

@@ -21,7 +21,9 @@ from llama_jax.config import LlamaConfig, RopeConfig
 from llama_jax.entry import say
 from llama_jax.memory import check_program
 from llama_jax.mesh import ShardingRules
+from llama_jax.model import Llama
 from llama_jax.peers import Peers, slow_processes
+from llama_jax.rounding import rounded_in_training
 from llama_jax.tokenizer import load_tokenizer
 from train.checkpoints import Checkpoints, Progress, read_progress, resumed_state, saved_steps, write_progress
 from train.config import PhaseConfig, TrainConfig
@@ -59,9 +61,9 @@ def jit_step(
     """The step (state, batch) -> (state, metrics) of a phase, as a run jits it and --plan too; it donates the state."""
     run, num_rows = config.run, config.stage[stage].phase_rows(phase)
     num_parts = num_micro_batches(num_rows, phase.seq_len, run.micro_batch_tokens, rules)
-    numerics = {"z_loss": config.optimizer.z_loss, "num_parts": num_parts}
+    how = {"remat": run.remat, "num_chunks": run.loss_chunks, "z_loss": config.optimizer.z_loss}
     dtype = jnp.dtype(run.compute_dtype)
-    step = functools.partial(train_step, optimizer, dtype, run.remat, run.loss_chunks, **numerics)
+    step = functools.partial(train_step, optimizer, dtype, num_parts=num_parts, scheme=run.scheme, **how)
     return jax.jit(step, donate_argnums=0)
 
 
@@ -117,7 +119,7 @@ class Stage:
     def _train(self, state: TrainState, progress: Progress) -> None:
         while progress.phase < len(self.settings.phases):
             with self._aside("eval", state):
-                self.extension.before(state.params, progress)
+                self.extension.before(self._as_computed(state), progress)
             state, progress = self._train_phase(state, progress)
             if self._stopped:
                 self._save(state, progress, wait=True)
@@ -178,7 +180,7 @@ class Stage:
         Raises ValueError if it has been asked too often.
         """
         with self._aside("eval", state):
-            reasons = self.extension.after(state.params, progress)
+            reasons = self.extension.after(self._as_computed(state), progress)
         gate, phase = self.settings.gate, self.settings.phases[progress.phase]
         if not reasons or gate is None:
             return self._next_phase(progress)
@@ -290,14 +292,17 @@ class Stage:
     def _evaluate(self, state: TrainState, progress: Progress) -> None:
         """Held-out loss at the short context, by source and over all of them."""
         short, run = self.extension.short_len, self.config.run
-        losses = losses_by_source(
-            state.params, self.heldout, short, num_rows=run.eval_rows, compute_dtype=jnp.dtype(run.compute_dtype)
-        )
+        params, dtype = self._as_computed(state), jnp.dtype(run.compute_dtype)
+        losses = losses_by_source(params, self.heldout, short, num_rows=run.eval_rows, compute_dtype=dtype)
         mean = sum(losses.values()) / len(losses)
         by_source = {f"heldout_loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
         self.log.write(step=progress.step, stage=self.name, tokens=progress.tokens, heldout_loss=mean, **by_source)
         parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         say(f"stage {self.name}  held out at {short} tokens: loss {mean:.4f} ({parts})")
+
+    def _as_computed(self, state: TrainState) -> Llama:
+        """The parameters to evaluate, rounded as in training."""
+        return rounded_in_training(state.params, self.config.run.scheme, self.model.num_layers)
 
     def _save(self, state: TrainState, progress: Progress, *, wait: bool = False) -> Progress:
         """Begin to save, or with wait save to the end; where the run stands then, the averaged checkpoint counted."""

@@ -18,6 +18,8 @@ from jax.typing import DTypeLike
 
 from llama_jax.mesh import ShardingRules, current_mesh
 from llama_jax.model import Llama
+from llama_jax.rounding import computed_in, rounded_in_training
+from llama_jax.schemes import Scheme
 from train.config import OptimizerConfig, StageConfig
 from train.data.packing import Batch
 from train.loss import loss_sum
@@ -148,23 +150,24 @@ def num_micro_batches(rows: int, seq_len: int, max_tokens: int, rules: ShardingR
 def train_step(
     optimizer: Optimizer,
     compute_dtype: DTypeLike,
-    remat: str,
-    num_chunks: int,
     state: TrainState,
     batch: Batch,
-    z_loss: float = 0.0,
+    *,
     num_parts: int = 1,
+    scheme: Scheme | None = None,
+    **how: Any,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step; the loss is the mean over the batch's tokens, however the rows are packed.
 
     num_parts micro-batches go through the model one after the other (see num_micro_batches); their
-    gradients are added in float32.
+    gradients are added in float32. scheme: by which weights are rounded in every product. how: remat, num_chunks and
+    z_loss of `loss_sum`.
     """
     tokens = jnp.sum(batch.loss_mask)
 
     def share_of_mean(params: Llama, part: Batch) -> Array:
-        model = jax.tree.map(lambda w: w.astype(compute_dtype), params)
-        total, _ = loss_sum(model, part, remat=remat, num_chunks=num_chunks, z_loss=z_loss)
+        model = computed_in(rounded_in_training(params, scheme, params.cfg.num_layers), compute_dtype)
+        total, _ = loss_sum(model, part, **how)
         return total / jnp.maximum(tokens, 1.0)
 
     def add(so_far: tuple[Array, Llama], part: Batch) -> tuple[tuple[Array, Llama], None]:

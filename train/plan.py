@@ -217,6 +217,7 @@ def _report(
         "seq_len": phase.seq_len,
         "batch_tokens": phase.batch_tokens,
         "remat": config.run.remat,
+        "quantize": config.run.quantize or None,
         "tokens_per_second": seconds and phase.batch_tokens / seconds,
         "tokens_per_dollar": phase.batch_tokens / seconds * 3600 / (found.chips * price) if seconds and price else None,
         "stage_tokens": steps * phase.batch_tokens,
@@ -234,7 +235,8 @@ def _report(
 
 def _lines(found: Plan, report: dict[str, Any]) -> list[tuple[str, str, str]]:
     shape = f"stage {report['stage']}: {report['batch_tokens']:,} tokens a step in rows of {report['seq_len']:,}"
-    lines = [(f"{found.slice}, {found.mesh}", "", f"{shape}, remat {report['remat']}"), *rows(found)]
+    shape += f", remat {report['remat']}" + (f", {report['quantize']} weights" if report["quantize"] else "")
+    lines = [(f"{found.slice}, {found.mesh}", "", shape), *rows(found)]
     if report["advice"]:
         lines.append(("what to change", "compiled", report["advice"]))
     if report["stage_days"]:

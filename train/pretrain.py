@@ -61,6 +61,7 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
         config = with_rope_of(config, stage, source)
         with llama_jax.use_mesh(config.stage_mesh(stage)) as mesh:
             model, dtype = config.stage_model(stage), config.run.compute_dtype
+            dtype += f" of {config.run.quantize} weights" if config.run.quantize else ""
             described = describe_run(model, mesh, dtype, str(source or f"seed {config.run.seed}"))
             say(f"{described}: {config.name} stage {stage}")
             _check_memory(config, stage)

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
 
 from llama_jax.model import Llama
+from llama_jax.rounding import computed_in
 from llama_jax.tokenizer import Tokenizer
 from train.data.packing import Batch, pack, stack
 from train.data.shards import TokenDataset
@@ -232,7 +233,7 @@ def answer_hits(params: Llama, batch: Batch, compute_dtype: DTypeLike, count: in
 
     Logits are made of these tokens alone.
     """
-    model = jax.tree.map(lambda w: w.astype(compute_dtype), params)
+    model = computed_in(params, compute_dtype)
     x = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
     rows = PartitionSpec(jax.typeof(x).sharding.spec[0])
     # A product with ones and zeros takes them from whichever devices hold the end of the sequence.
