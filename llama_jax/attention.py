@@ -2,9 +2,10 @@
 
 The one place that picks a kernel by platform: tiles on CPUs (kernels/tiled.py) for a gradient, splash on TPUs
 (kernels/splash.py), cuDNN on GPUs that have it (kernels/cudnn.py), elsewhere the reference in blocks; over the
-pages of a cache kernels/paged_tpu.py and kernels/paged_gpu.py, elsewhere the gather. The invariant: a query sees
-a key if the key's position is not after its own and both belong to the same document. Positions and documents
-are data, so packed rows, right padding and any order of the sequence over the mesh need no other mask.
+pages of a cache kernels/paged_tpu.py and kernels/paged_gpu.py, elsewhere the gather, on CPUs with tiles for long
+chunks. The invariant: a query sees a key if the key's position is not after its own and both belong to the same
+document. Positions and documents are data, so packed rows, right padding and any order of the sequence over the mesh
+need no other mask.
 
 Letters: B batch, T queries, S keys, K KV heads, G query heads per KV head, H head dimension, M = T * G.
 """
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec, reshard
 
 from llama_jax.kernels import SAVED_NAME, Tokens, visible
 from llama_jax.kernels.paged import Pages, gather_pages, page_positions
-from llama_jax.kernels.tiled import tiled_attention
+from llama_jax.kernels.tiled import TILE, tiled_attention
 from llama_jax.kernels.two_ended import places, plain
 
 # Of `blocked_attention`: groups of queries that skip keys, and queries that are scored at once.
@@ -106,7 +107,7 @@ def page_head_dim(head_dim: int) -> int:
 
 def gathers_pages(mesh: Mesh) -> bool:
     """Whether attention over pages puts those of every row in order first, in as much memory again."""
-    return _paged_kernel(mesh.abstract_mesh.abstract_device) is gathered_attention
+    return _paged_kernel(mesh.abstract_mesh.abstract_device) in (cpu_paged_attention, gathered_attention)
 
 
 def _paged_kernel(device: Any) -> Callable[..., Array]:
@@ -115,14 +116,15 @@ def _paged_kernel(device: Any) -> Callable[..., Array]:
         from llama_jax.kernels.paged_tpu import paged_attention
 
         return partial(paged_attention, otherwise=gathered_attention)
-    if device.platform != "cpu":
-        from llama_jax.kernels.cudnn import suits
+    if device.platform == "cpu":
+        return cpu_paged_attention
+    from llama_jax.kernels.cudnn import suits
 
-        if suits(device.device_kind):  # as there, what is not known to have all that the kernel needs is not picked
-            with contextlib.suppress(ImportError):  # jax means to leave Triton behind
-                from llama_jax.kernels.paged_gpu import paged_attention
+    if suits(device.device_kind):  # as there, what is not known to have all that the kernel needs is not picked
+        with contextlib.suppress(ImportError):  # jax means to leave Triton behind
+            from llama_jax.kernels.paged_gpu import paged_attention
 
-                return partial(paged_attention, otherwise=gathered_attention)
+            return partial(paged_attention, otherwise=gathered_attention)
     return gathered_attention
 
 
@@ -139,6 +141,16 @@ def gathered_attention(q: Array, pages: Pages, table: Array, positions: Array, *
     if q.shape[1] <= block:
         return _attend_here(q, k, v, queries, keys, merged_axes=axes)
     return _attend_group(q, queries, k, v, keys, block=block, merged_axes=axes)
+
+
+def cpu_paged_attention(q: Array, pages: Pages, table: Array, positions: Array, *, axes: tuple[str, ...] = ()) -> Array:
+    """`gathered_attention`, with a long chunk of a prompt in tiles, which skip the pages after it."""
+    if axes or q.shape[1] < TILE:
+        return gathered_attention(q, pages, table, positions, axes=axes)
+    k, v = gather_pages(pages, table, q.dtype)
+    # What is off stands before every table and what pads a chunk behind it.
+    places = jnp.where((positions >= 0) & (positions < k.shape[2]), positions, 0).max(axis=0)
+    return tiled_attention(q, k, v, Tokens(positions, None), Tokens(page_positions(pages, table), None), places)
 
 
 def mesh_axes(split: str | tuple[str, ...] | None) -> tuple[str, ...]:

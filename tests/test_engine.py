@@ -5,20 +5,45 @@ import itertools
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import llama_jax
 from infer.engine import Engine
 from infer.sampling import SamplingParams
 from infer.sizes import CacheOptions
+from llama_jax.model import Llama
 from tests.reference import hf_model, save_hf
+from tests.schedules import CFG as SMALL
 from tests.tiny import TINY, VARIANTS
 
 
 def generate_alone(engine: Engine, prompts, params) -> list[list[int]]:
     return [engine.generate(prompt, p)[0].tokens for prompt, p in zip(prompts, params, strict=True)]
+
+
+@pytest.mark.parametrize("length", [3000, pytest.param(131_000, marks=pytest.mark.slow)])
+def test_a_long_prompt_in_chunks_goes_on_as_one_forward_pass_does(length):
+    """Up to the context of Llama 3.1."""
+    cfg = dataclasses.replace(SMALL, max_seq_len=131_072)
+    with llama_jax.use_mesh("data=1"):
+        model = jax.jit(lambda: Llama(cfg, rngs=nnx.Rngs(3), layout="layers"))()
+    model = jax.tree.map(lambda weight: 8 * weight, model)  # far from ties
+    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, length).tolist()
+    (result,) = Engine(model, max_batch_size=1).generate(prompt, SamplingParams(max_new_tokens=4))
+
+    @jax.jit
+    def forward(model, tokens):
+        hidden = model.hidden(tokens, jnp.arange(tokens.shape[1])[None])
+        return jax.nn.log_softmax(model.unembed(hidden[:, length - 1 :]))[0]
+
+    with llama_jax.use_mesh("data=1"):
+        logprobs = forward(model, jnp.array([prompt + result.tokens[:-1]]))
+    assert jnp.argmax(logprobs, axis=-1).tolist() == result.tokens
+    np.testing.assert_allclose(logprobs[jnp.arange(4), jnp.array(result.tokens)], result.logprobs, atol=1e-3)
 
 
 # The model's numbers.
