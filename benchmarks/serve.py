@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.environment import ROOT, environment, print_results, spread
 from benchmarks.load_client import Asked, ask, drawn, offer, report
+from benchmarks.shapes import SHAPES, written_weights
 from benchmarks.worker import Worker
 from llama_jax.entry import run_entry
 
@@ -69,21 +71,32 @@ class Process:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def start_ours(folder: Path, port: int, rows: int) -> Process:
-    """This project's, all programs compiled on the way."""
-    command = [sys.executable, "-m", "infer.serve", "--port", str(port), "--max-seq-len", str(CONTEXT)]
-    return Process("llama_jax", [*command, "--max-batch-size", str(rows)], port, "demo", folder / "ours.log")
+def checkpoint(shape: str, folder: Path) -> Path:
+    """The demo model, or one of benchmarks/shapes.py with random weights and the demo's tokenizer."""
+    if shape == "demo":
+        return DEMO
+    path = written_weights(shape, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, path)
+    return path
 
 
-def start_theirs(folder: Path, port: int, rows: int, batching: bool) -> Process:
+def start_ours(model: Path, log: Path, port: int, rows: int) -> Process:
+    """This project's, all programs compiled before it answers."""
+    command = [sys.executable, "-m", "infer.serve", "--checkpoint", str(model), "--dtype", "float32", "--warmup"]
+    command += ["--port", str(port), "--max-seq-len", str(CONTEXT), "--max-batch-size", str(rows)]
+    return Process("llama_jax", [*command, "--served-model-name", "ours"], port, "ours", log)
+
+
+def start_theirs(model: Path, log: Path, port: int, rows: int, batching: bool) -> Process:
     """Transformers' own, with continuous batching or without."""
     serve = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
-    command = [sys.executable, "-c", serve, "serve", str(DEMO), "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-c", serve, "serve", str(model), "--port", str(port), "--device", "cpu"]
     command += ["--dtype", "float32"]
     if batching:  # on its own it takes 9 GB for a cache; this is as many tokens as ours has, in chunks as long
         command += ["--continuous-batching", "--attn-implementation", "sdpa", "--cb-max-batch-tokens", "512"]
         command += ["--cb-block-size", "32", "--cb-num-blocks", str(rows * CONTEXT // 32)]
-    return Process("transformers serve", command, port, str(DEMO), folder / "theirs.log")
+    return Process("transformers serve", command, port, str(model), log)
 
 
 def words() -> list[str]:
@@ -136,12 +149,12 @@ def measure_prefix(server: Process, repeats: int) -> dict:
     }
 
 
-def measure_overhead(server: Process, rows: int, tokens: int, repeats: int) -> dict:
+def measure_overhead(server: Process, model: Path, rows: int, tokens: int, repeats: int) -> dict:
     """Processor time a token, in turns: the engine alone, and the server with as many streams at a time.
 
     They are asked for in one request, so that both decode the same batches.
     """
-    engine = Worker("benchmarks.worker_engine", str(DEMO), str(CONTEXT), str(rows))
+    engine = Worker("benchmarks.worker_engine", str(model), str(CONTEXT), str(rows))
     prompts = [" ".join(words()[i * 20 : i * 20 + 20]) for i in range(rows)]
     bare, served = [], []
     for _ in range(repeats + 2):  # of the first two, the second finds its prompts in the cache, all compile
@@ -166,6 +179,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", default="load,prefix,overhead", help="of load, prefix, overhead, apart by commas")
+    parser.add_argument("--shape", default="demo", choices=[*SHAPES], help="the model; its tokenizer is the demo's")
     parser.add_argument("--rates", default="1,2,4", help="requests a second")
     parser.add_argument("--seconds", type=float, default=30.0, help="of a load")
     parser.add_argument("--scale", type=float, default=0.25, help="of ShareGPT's lengths")
@@ -177,17 +191,19 @@ def main() -> None:
     args.rates = [float(rate) for rate in args.rates.split(",")]
     what, results = args.what.split(","), {}
     with tempfile.TemporaryDirectory() as folder:
-        servers = [start_ours(Path(folder), 8180, args.rows)]
+        model, log = checkpoint(args.shape, Path(folder)), Path(folder, "log")
+        servers = [start_ours(model, log.with_suffix(".ours"), 8180, args.rows)]
         try:
             if "overhead" in what:
-                results["overhead"] = [measure_overhead(servers[0], rows, 512, args.repeats) for rows in (1, 8)]
+                results["overhead"] = [measure_overhead(servers[0], model, rows, 512, args.repeats) for rows in (1, 8)]
                 print(results["overhead"], flush=True)
             if "prefix" in what:
                 results["prefix"] = measure_prefix(servers[0], args.repeats)
                 print(results["prefix"], flush=True)
             if "load" in what:
                 servers[0].__exit__()
-                servers += [] if args.alone else [start_theirs(Path(folder), 8181, args.rows, not args.no_batching)]
+                theirs = log.with_suffix(".theirs")
+                servers += [] if args.alone else [start_theirs(model, theirs, 8181, args.rows, not args.no_batching)]
                 results["load"] = measure_load(servers, args)
         finally:
             for server in servers:
