@@ -5,6 +5,7 @@ Sources: QLoRA (arXiv 2305.14314) for NF4 and scales that are quantized themselv
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,9 +78,28 @@ SCHEMES = {
     "nf4": Scheme("int4", 64, nested=True, rest=Quantization("nf4")),
 }
 
+# How the values of a scheme are found, with whether a scheme can be it: to nearest, or by what a text's inputs are.
+METHODS: dict[str, Callable[[Scheme], bool]] = {
+    "rtn": lambda scheme: True,
+    "gptq": lambda scheme: scheme.rest.code is None,
+    "awq": lambda scheme: scheme.rest == Quantization(),
+    "smoothquant": lambda scheme: scheme.rest.inputs == "int8",
+}
+
 
 def find_scheme(name: str) -> Scheme:
     """The scheme of this name. Raises ValueError that lists those there are."""
     if name not in SCHEMES:
         raise ValueError(f"unknown quantization {name!r}; expected one of {', '.join(SCHEMES)}")
     return SCHEMES[name]
+
+
+def check_method(method: str, name: str) -> None:
+    """Raises ValueError that says what would suit, if a method is not for the scheme of this name."""
+    scheme = find_scheme(name)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    if not METHODS[method](scheme):
+        methods = [other for other, suits in METHODS.items() if suits(scheme)]
+        schemes = [other for other in SCHEMES if METHODS[method](SCHEMES[other])]
+        raise ValueError(f"{method} is for {', '.join(schemes)}; {name} takes --method {' or '.join(methods)}")

@@ -21,7 +21,7 @@ FLOORS = (
     ("attention", "cache"),
     ("model",),
     ("lora",),
-    ("memory", "checkpoint", "convert", "plan"),
+    ("memory", "checkpoint", "calibration", "convert", "plan"),
     ("train", "infer"),
     ("__main__",),
 )

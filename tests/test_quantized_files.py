@@ -18,7 +18,7 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 import llama_jax
 from llama_jax.checkpoint.formats import open_checkpoint
 from llama_jax.config import LlamaConfig
-from llama_jax.convert import convert
+from llama_jax.convert import Recipe, convert
 from llama_jax.quantize import QuantizedArray
 from tests.reference import hf_logits, hf_model, relative_error, save_hf
 from tests.tiny import TINY
@@ -292,7 +292,7 @@ def test_metas_fp8_shards_load_with_their_scales(tmp_path):
 @pytest.mark.parametrize("scheme", ["int8", "int8-a8", "int4", "int4-asym", "fp8"])
 def test_compressed_tensors_reads_what_is_written(tmp_path, scheme):
     model = hf_model(TINY)
-    convert(str(save_hf(model, tmp_path / "floats")), str(tmp_path / "few"), to="hf", quantize=scheme)
+    convert(str(save_hf(model, tmp_path / "floats")), str(tmp_path / "few"), to="hf", recipe=Recipe(scheme))
     theirs = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "few", quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
     )

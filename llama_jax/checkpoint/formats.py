@@ -28,7 +28,6 @@ from llama_jax.checkpoint.safetensors import SafetensorsDirectory, write_sharded
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig, RopeConfig, set_field
 from llama_jax.paths import as_path
-from llama_jax.schemes import find_scheme
 
 Format = Literal["hf", "meta", "orbax", "gguf"]
 
@@ -223,28 +222,26 @@ def write_checkpoint(
     to: Format,
     metadata: Mapping[str, Any] | None = None,
     num_shards: int = 1,
-    quantize: str | None = None,
+    compression: Compression | None = None,
+    gguf_type: str | None = None,
 ) -> None:
     """Write the tensors of a config as a checkpoint into a directory, a tensor at a time, its description last.
 
     source holds exactly the canonical tensors. num_shards is the number of consolidated.NN.pth
-    files of the Meta form. quantize: a scheme of llama_jax.schemes for "hf", which becomes compressed-tensors;
-    "q8_0" or "q4_0" for "gguf", where model.gguf also takes the tokenizer that is in the directory.
+    files of the Meta form. compression: of the source, for "hf". gguf_type: that of the matrices, by default
+    their own; model.gguf also takes the tokenizer that is in the directory.
     """
-    if quantize is not None and to not in ("hf", "gguf"):
-        raise ValueError(f"quantize={quantize!r} is written as hf or gguf, not as {to}")
     if to == "hf":
         dtype = source.tensors["model.embed_tokens.weight"].dtype.name
         specs, tensors, described = source.tensors, _read_all(source), None
-        if quantize is not None:
-            compression = Compression(source, find_scheme(quantize), cfg.num_layers)
+        if compression is not None:
             specs, tensors, described = compression.specs, compression.tensors(), compression.described()
         write_sharded(directory, specs, tensors)
         hf.write_config(directory, cfg, dtype=dtype, token_ids=metadata or {}, quantization=described)
     elif to == "meta":
         meta.write_meta(directory, cfg, source, num_shards=num_shards)
     elif to == "gguf":
-        gguf.write_gguf_model(directory, cfg, source, type_name=quantize and quantize.upper())
+        gguf.write_gguf_model(directory, cfg, source, type_name=gguf_type)
     else:
         from llama_jax.checkpoint import orbax
 

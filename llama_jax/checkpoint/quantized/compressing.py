@@ -1,33 +1,79 @@
 """Checkpoints in few bits as vLLM and others read them: compressed-tensors in Hugging Face's form, written.
 
-Source: compressed_tensors/compressors (naive_quantized, pack_quantized). Weights are rounded to nearest, one matrix
-at a time: a value is off by half a step of its scale at most. The embedding, the head and the norms stay as they are.
+Source: compressed_tensors/compressors (naive_quantized, pack_quantized). The embedding, the head and the norms stay
+floats; who chooses the values of the other weights may be anyone, by default they are rounded to nearest, one matrix at
+a time.
 """
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from llama_jax.checkpoint.quantized.nearest import nearest
+from llama_jax.checkpoint.quantized.packed import Packed
+from llama_jax.checkpoint.safetensors import num_bytes
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.schemes import Scheme
 
 Tensors = Iterator[tuple[str, np.ndarray]]
 
-_LIMITS = {"int8": (-128, 127, 8), "int4": (-8, 7, 4), "float8_e4m3fn": (-448, 448, 8)}
+Weights = Iterator[tuple[str, np.ndarray | Packed]]  # canonical tensors, some of them rounded
+
+
+@dataclass
+class Report:
+    """What fewer bits cost, known once all tensors are written.
+
+    num_bytes of the files' tensors before and after. squares: for each layer the sum of squared errors and of squares
+    of what the errors are in. perplexities: of each text before and after, if there was any.
+    """
+
+    num_weights: int
+    num_bytes: tuple[int, int]
+    squares: dict[int, np.ndarray] = field(default_factory=lambda: defaultdict(lambda: np.zeros(2)))
+    perplexities: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, layer: int, before: np.ndarray, after: np.ndarray) -> None:
+        """Count how far numbers of a layer are off."""
+        before = before.astype(np.float32)
+        self.squares[layer] += [np.sum(np.square(after - before), dtype=float), np.sum(np.square(before), dtype=float)]
+
+    def errors(self) -> dict[int, float]:
+        """Of each layer, as a ratio of root mean squares."""
+        return {layer: math.sqrt(error / whole) if whole else 0.0 for layer, (error, whole) in self.squares.items()}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        sizes = [f"{size / 1e6:,.1f} MB, {8 * size / self.num_weights:.2f} bits a weight" for size in self.num_bytes]
+        what = "outputs" if self.perplexities else "weights"
+        lines = [f"size: {sizes[0]} -> {sizes[1]}"]
+        lines += [f"layer {layer}: {what} off by {100 * error:.2f} %" for layer, error in self.errors().items()]
+        for text, (before, after) in self.perplexities.items():
+            change = 100 * (after / before - 1)
+            lines.append(f"perplexity, {text} text: {before:.3f} -> {after:.3f} ({change:+.2f} %)")
+        return lines
+
+
+# All tensors of a source in order, rounded those that are in the collection; what that costs goes into the report.
+Rounding = Callable[[Source, Collection[str], Report], Weights]
 
 
 class Compression:
     """A model's canonical tensors as those of compressed-tensors: `specs` of all, `tensors` one by one."""
 
-    def __init__(self, source: Source, scheme: Scheme, num_layers: int):
-        """Raises ValueError for a scheme that the format does not hold and for widths that its groups do not divide."""
+    def __init__(self, source: Source, scheme: Scheme, num_layers: int, rounding: Rounding | None = None):
+        """rounding: by default to nearest, one tensor at a time.
+
+        Raises ValueError for a scheme that the format does not hold and for widths that its groups do not divide.
+        """
         if scheme.rest.code is not None:
             raise ValueError(f"compressed-tensors holds no {scheme.rest.code}; int8, int4 and fp8 can be written")
-        self._source, self._scheme = source, scheme
-        self._low, self._high, self._bits = _LIMITS[scheme.dtype]
+        self._source, self._scheme, self._rounding = source, scheme, rounding or self._nearest
+        self._bits = 4 if scheme.dtype == "int4" else 8
         self._packed = scheme.dtype != "float8_e4m3fn" and scheme.rest.inputs is None
         self._covered = {name for name in source.tensors if _covers(scheme, name, num_layers)}
         for name in self._covered:
@@ -37,6 +83,8 @@ class Compression:
         self.specs: dict[str, TensorSpec] = {}
         for name, spec in source.tensors.items():
             self.specs |= self._specs(name, spec) if name in self._covered else {name: spec}
+        sizes = [sum(map(num_bytes, specs.values())) for specs in (source.tensors, self.specs)]
+        self.report = Report(sum(math.prod(spec.shape) for spec in source.tensors.values()), (sizes[0], sizes[1]))
 
     def described(self) -> dict[str, Any]:
         """quantization_config of config.json."""
@@ -77,21 +125,31 @@ class Compression:
 
     def tensors(self) -> Tensors:
         """Names and values in the order of `specs`."""
-        for name in self._source.tensors:
-            if name in self._covered:
-                yield from self._compressed(name, self._source.read(name))
+        for name, weight in self._rounding(self._source, self._covered, self.report):
+            if isinstance(weight, Packed):
+                yield from self._parts(name, weight)
             else:
-                yield name, self._source.read(name)
+                yield name, weight
 
-    def _compressed(self, name: str, weight: np.ndarray) -> Tensors:
-        values, scales, zeros = _rounded(weight, self._scheme, self.specs[f"{name}_scale"].dtype)
+    def _nearest(self, source: Source, covered: Collection[str], report: Report) -> Weights:
+        for name, spec in source.tensors.items():
+            weight = source.read(name)
+            if name not in covered:
+                yield name, weight
+                continue
+            rounded = nearest(weight, self._scheme, spec.dtype)
+            report.add(int(name.split(".")[2]), weight, rounded.dequantize())
+            yield name, rounded
+
+    def _parts(self, name: str, weight: Packed) -> Tensors:
+        values, scales, zeros = weight.values, weight.scales, weight.zeros
         if not self._packed:
             yield name, values
             yield f"{name}_scale", scales
             return
         yield f"{name}_packed", _words(values, self._bits)
         yield f"{name}_scale", scales
-        yield f"{name}_shape", np.array(weight.shape, np.int64)
+        yield f"{name}_shape", np.array(values.shape, np.int64)
         if zeros is not None:
             yield f"{name}_zero_point", np.ascontiguousarray(_words(zeros.T, self._bits).T)
 
@@ -100,26 +158,6 @@ def _covers(scheme: Scheme, name: str, num_layers: int) -> bool:
     if "_proj." not in name:
         return False
     return not scheme.inner_mlp_only or (".mlp." in name and 0 < int(name.split(".")[2]) < num_layers - 1)
-
-
-def _rounded(
-    weight: np.ndarray, scheme: Scheme, scale_dtype: np.dtype
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Values [out, in], scales and zero points [out, groups] of a matrix."""
-    low, high, _ = _LIMITS[scheme.dtype]
-    groups = weight.astype(np.float32).reshape(len(weight), -1, scheme.group or weight.shape[1])
-    least, most = groups.min(axis=2, initial=0), groups.max(axis=2, initial=0)
-    span = 2 * np.maximum(most, -least) if scheme.symmetric else most - least
-    scales = (span / np.float32(high - low)).astype(scale_dtype)
-    steps = np.where(scales > 0, scales, 1).astype(np.float32)  # quotients by the scale as it is stored
-    values, zeros = groups / steps[..., None], None
-    if not scheme.symmetric:
-        zeros = np.clip(np.rint(low - least / steps), low, high)
-        values, zeros = values + zeros[..., None], zeros.astype(np.int8)
-    values = np.clip(values, low, high).reshape(weight.shape)
-    if scheme.dtype == "float8_e4m3fn":
-        return values.astype(ml_dtypes.float8_e4m3fn), scales, zeros
-    return np.rint(values).astype(np.int8), scales, zeros
 
 
 def _words(values: np.ndarray, bits: int) -> np.ndarray:
