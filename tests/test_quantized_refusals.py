@@ -1,5 +1,6 @@
 """Damaged and hostile files of few bits: one line that says what is wrong, whatever the bytes."""
 
+import dataclasses
 import json
 import struct
 from pathlib import Path
@@ -12,8 +13,12 @@ from hypothesis import strategies as st
 
 from llama_jax.checkpoint.formats import open_checkpoint
 from llama_jax.checkpoint.gguf import write_gguf_model
+from llama_jax.checkpoint.quantized.compressing import Compression
+from llama_jax.checkpoint.safetensors import write_safetensors
+from llama_jax.checkpoint.source import TensorSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.gguf import GgufFile
+from llama_jax.schemes import find_scheme
 from llama_jax.tokenizer import load_tokenizer
 
 CFG = LlamaConfig(32, 1, 32, 32, 4, 2, 16, max_seq_len=64)
@@ -25,7 +30,6 @@ class Random:
 
     def __init__(self):
         from llama_jax.checkpoint.names import canonical_shapes
-        from llama_jax.checkpoint.source import TensorSpec
 
         self.tensors = {name: TensorSpec(shape, np.dtype(np.float32)) for name, shape in canonical_shapes(CFG).items()}
 
@@ -146,6 +150,46 @@ def test_what_bitsandbytes_would_write_is_read(tmp_path):
     assert open_checkpoint(tmp_path / "model").packed.keys() == {f"{Q}.weight"}
 
 
+def compressed(directory: Path, name: str, change=lambda tensors, described: None) -> Path:
+    """All matrices by a scheme in compressed-tensors, or for "fbgemm" in FP8 as Meta published it."""
+    scheme = find_scheme("fp8" if name == "fbgemm" else name)
+    compression = Compression(Random(), dataclasses.replace(scheme, inner_mlp_only=False), CFG.num_layers)
+    of_meta = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+    described = of_meta if name == "fbgemm" else compression.described()
+    tensors = dict(compression.tensors())
+    change(tensors, described)
+    unpacked("gptq", directory, lambda _, config: (config.clear(), config.update(described)))
+    specs = {name: TensorSpec(value.shape, value.dtype) for name, value in tensors.items()}
+    write_safetensors(directory / "model.safetensors", specs, iter(tensors.items()))
+    return directory
+
+
+COMPRESSED_REFUSALS = {
+    "a lying shape": (
+        "int4-asym",
+        put("weight_shape", lambda s: s * 2**40),
+        f"{Q}.weight_packed .64, 4. does not hold 4 or 8 bits",
+    ),
+    "a negative shape": ("int4-asym", put("weight_shape", lambda s: -s), "does not hold 4 or 8 bits"),
+    "short zero points": ("int4-asym", put("weight_zero_point", lambda z: z[1:]), f"tensor {Q}.weight_zero_point"),
+    "short scales": ("int8", put("weight_scale", lambda s: s[1:]), "fit none of config_groups"),
+    "no values": ("int8-a8", lambda t, d: t.pop(f"{Q}.weight"), f"tensor {Q}.weight is missing"),
+    "another format": ("int8", say(format="marlin-24"), "format='marlin-24' is not supported"),
+    "no groups": ("int8", say(config_groups=[]), "an object of objects was expected"),
+    "FP8 without scales": ("fbgemm", lambda t, d: t.pop(f"{Q}.weight_scale"), f"tensor {Q}.weight_scale is missing"),
+    "FP8 where floats are said": ("fbgemm", say(modules_to_not_convert=[Q]), "though modules_to_not_convert names"),
+    "an absurd bound": ("fbgemm", say(activation_scale_ub=-1), "activation_scale_ub=-1; a positive number"),
+}
+
+
+@pytest.mark.parametrize("name", COMPRESSED_REFUSALS)
+def test_what_compressed_tensors_and_fbgemm_would_not_write_is_refused(tmp_path, name):
+    kind, change, message = COMPRESSED_REFUSALS[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        open_checkpoint(compressed(tmp_path / "model", kind, change))
+    assert "\n" not in str(caught.value)
+
+
 FUZZ = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -161,11 +205,16 @@ def patched(content: bytes, patches, extent: int) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("kind", ["gptq-act-order", "awq", "bitsandbytes"])
+@pytest.mark.parametrize("kind", ["gptq-act-order", "awq", "bitsandbytes", "int4-asym", "int8-a8", "fp8", "fbgemm"])
 def test_no_bytes_do_more_than_fail_with_one_line(tmp_path, kind):
     change = lambda tensors, config: None  # noqa: E731
     model = tmp_path / "model"
-    unpacked(kind, model, change) if kind != "bitsandbytes" else four_bits(model, change)
+    if kind in ("gptq-act-order", "awq"):
+        unpacked(kind, model, change)
+    else:
+        four_bits(model, change) if kind == "bitsandbytes" else compressed(model, kind)
+    read_all(model)
+    assert open_checkpoint(model).packed
     files = {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors")}
     header = 8 + struct.unpack("<Q", files["model.safetensors"][:8])[0]
 
