@@ -57,8 +57,11 @@ def plan_step(args: argparse.Namespace) -> Plan:
     with use_slice(target, args.mesh):
         everywhere = NamedSharding(get_mesh(), PartitionSpec())
         base = abstract_model(cfg, "bfloat16", find_scheme(args.quantize))
-        fresh = functools.partial(with_fresh_adapter, key=jax.random.key(0), rank=args.rank)
-        trained, frozen = jax.eval_shape(lambda base: split_adapters(fresh(base)), base)
+
+        def adapted(base: Llama) -> tuple[Llama, Llama]:
+            return split_adapters(with_fresh_adapter(base, jax.random.key(0), rank=args.rank))
+
+        trained, frozen = jax.eval_shape(adapted, base)
         state = TrainState(trained, jax.eval_shape(optimizer.init, trained))
         state = jax.tree.map(lambda x: x.update(sharding=x.sharding or everywhere), state)
         batch = abstract_batch(args.rows, args.seq_len, base.rules)

@@ -8,7 +8,6 @@ import argparse
 import bisect
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from infer.sampling import SamplingParams
     from infer.speculation import DraftModel, Ngrams
     from llama_jax.checkpoint import Checkpoint
+    from llama_jax.checkpoint.hub import Check
     from llama_jax.config import LlamaConfig
     from llama_jax.model import Llama
     from llama_jax.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ def load_speculation(
         return DraftModel(load_opened(draft, dtype=dtype, layout="layers"), num_tokens)
 
 
-def open_model(args: argparse.Namespace, check: "Callable[[LlamaConfig], None] | None" = None) -> "Checkpoint":
+def open_model(args: argparse.Namespace, check: "Check | None" = None) -> "Checkpoint":
     """The checkpoint that the options name, its weights not read yet.
 
     check is asked about a model of the hub, and may raise, before its weights are fetched.
@@ -223,14 +223,18 @@ def named_adapters(args: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def check_weights(args: argparse.Namespace, cfg: "LlamaConfig") -> None:
-    """Raise ValueError if the devices do not hold the weights and one token, in the least dtype that a run may take."""
+def check_weights(args: argparse.Namespace, cfg: "LlamaConfig", stored: int | None = None) -> None:
+    """Raise ValueError if the devices do not hold the weights and one token, in the least dtype that a run may take.
+
+    stored: bytes of all weights where they are stored in few bits, which they keep unless the options say otherwise.
+    """
     import jax.numpy as jnp
 
     with _mesh_asked_for(args, cfg) as mesh:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         dtype = jnp.dtype(args.dtype or ("float32" if on_cpu else "bfloat16"))
-        _check_memory(cfg, mesh, dtype, args.quantize, num_tokens=1)
+        kept = stored if args.dtype is None and args.quantize is None else None
+        _check_memory(cfg, mesh, dtype, args.quantize, num_tokens=1, stored=kept)
 
 
 def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", hosts: "Hosts", num_tokens: int = 1) -> "Llama":
@@ -286,11 +290,20 @@ def _mesh_asked_for(args: argparse.Namespace, cfg: "LlamaConfig") -> "AbstractCo
 
 
 def _check_memory(
-    cfg: "LlamaConfig", mesh: "Mesh", dtype: "np.dtype", quantize: str | None, num_tokens: int, what: str | None = None
+    cfg: "LlamaConfig",
+    mesh: "Mesh",
+    dtype: "np.dtype",
+    quantize: str | None,
+    *,
+    num_tokens: int,
+    what: str | None = None,
+    stored: int | None = None,
 ) -> None:
     from llama_jax.memory import check_fit, check_host, generation_bytes, weight_bytes
 
     needs = {"weights": weight_bytes(cfg, dtype, find_scheme(quantize) if quantize else None)}
+    if stored is not None:
+        needs["weights"] = needs["weights"] * stored // (dtype.itemsize * cfg.num_params())
     needs |= generation_bytes(cfg, dtype, num_rows=1, prompt_tokens=1, num_tokens=num_tokens)
     ways = "a smaller model, more devices (along tensor in --mesh)"
     ways += ", --dtype bfloat16" if dtype.itemsize > 2 else ""

@@ -111,7 +111,7 @@ def continue_prompts(args: argparse.Namespace, hosts: "Hosts", startup: Startup)
     from llama_jax.tokenizer import load_tokenizer
 
     prompts = read_prompts(args)
-    checkpoint = open_model(args, lambda cfg: check_weights(args, cfg))
+    checkpoint = open_model(args, lambda cfg, stored: check_weights(args, cfg, stored))
     tokenizer = None if args.prompt_tokens else load_tokenizer(checkpoint.companions)
     params = sampling_params(args, checkpoint)
     draft = open_draft(args, checkpoint, tokenizer)

@@ -1,5 +1,6 @@
 """Hub ids against a hub in this process: what is fetched, what is said, and what is refused before it is fetched."""
 
+import argparse
 import json
 import os
 import re
@@ -14,9 +15,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from infer.entry import check_weights
+from llama_jax import memory
 from llama_jax.checkpoint.formats import find_checkpoint
 from llama_jax.checkpoint.hf import write_config
 from llama_jax.checkpoint.hub import download
+from llama_jax.config import PRESETS
 from tests.fake_hub import FakeHub
 from tests.tiny import TINY
 
@@ -243,13 +247,34 @@ def test_another_architecture_is_refused_before_its_weights_are_fetched(hub):
 
 
 def test_a_model_that_the_caller_refuses_is_not_fetched(hub):
-    def check(cfg):
-        assert cfg == TINY
+    def check(cfg, stored):
+        assert (cfg, stored) == (TINY, None)
         raise ValueError("too large")
 
     with pytest.raises(ValueError, match="too large"):
         find_checkpoint("org/name", check)
     assert hub.served() == ["config.json", INDEX]
+
+
+def test_weights_in_few_bits_are_checked_by_the_bytes_of_their_files(hub):
+    config = json.loads(hub.files["config.json"]) | {"quantization_config": {"quant_method": "gptq"}}
+    hub.files["config.json"] = json.dumps(config).encode()
+
+    def check(cfg, stored):
+        assert stored == sum(len(hub.files[name]) for name in SHARDS)
+        raise ValueError("too large")
+
+    with pytest.raises(ValueError, match="too large"):
+        find_checkpoint("org/name", check)
+
+
+def test_weights_that_stay_in_few_bits_fit_where_floats_do_not(monkeypatch):
+    monkeypatch.setattr(memory, "bytes_left", lambda devices: 12 * 10**9)
+    cfg = PRESETS["llama3.1-8b"]
+    check_weights(argparse.Namespace(mesh="data=1", dtype=None, quantize=None), cfg, 9 * 10**9)
+    for stored, dtype in ((None, None), (13 * 10**9, None), (9 * 10**9, "float32")):
+        with pytest.raises(ValueError, match="llama3.1-8b needs .* but 12.0 GB are left"):
+            check_weights(argparse.Namespace(mesh="data=1", dtype=dtype, quantize=None), cfg, stored)
 
 
 def test_an_index_that_names_what_is_not_there_or_names_nothing_is_refused(hub):

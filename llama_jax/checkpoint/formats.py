@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.checkpoint import gguf, hf, meta
-from llama_jax.checkpoint.hub import download
+from llama_jax.checkpoint.hub import Check, download
 from llama_jax.checkpoint.layout import check_tensors
 from llama_jax.checkpoint.names import canonical_shapes
 from llama_jax.checkpoint.quantized import QuantizedSource, open_quantized
@@ -70,7 +70,7 @@ def open_checkpoint(
     *,
     overrides: Mapping[str, Any] | None = None,
     allow_unknown_config: bool = False,
-    check: Callable[[LlamaConfig], None] | None = None,
+    check: Check | None = None,
 ) -> Checkpoint:
     """Open a directory, run directory (`runs/x`, `runs/x@12000`, `runs/x@average`) or hub id (`org/name@revision`).
 
@@ -131,7 +131,7 @@ def _open_source(form: Format, directory: Path, cfg: LlamaConfig) -> tuple[Sourc
         raise ValueError(f"{directory}: {error}") from None
 
 
-def find_checkpoint(path: str, check: Callable[[LlamaConfig], None] | None = None) -> Path:
+def find_checkpoint(path: str, check: Check | None = None) -> Path:
     """The directory or GGUF file that a checkpoint argument names; a hub id is downloaded if check lets it."""
     directory = as_path(path)
     if directory.is_dir():

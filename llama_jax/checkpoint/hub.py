@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.checkpoint.companions import COMPANION_FILES
-from llama_jax.checkpoint.hf import read_config
+from llama_jax.checkpoint.hf import read_config, read_quantization
 from llama_jax.config import LlamaConfig
 from llama_jax.paths import staged_file
 from llama_jax.progress import progress
 
 _INDEX = "model.safetensors.index.json"
 
+# Asked about a model before its weights are fetched: what it is, and the bytes of its files if they hold few bits.
+Check = Callable[[LlamaConfig, int | None], None]
 
-def download(hub_id: str, check: Callable[[LlamaConfig], None] | None = None) -> Path:
+
+def download(hub_id: str, check: Check | None = None) -> Path:
     """The local snapshot of `org/name` or `org/name@revision`: config, safetensors, tokenizer and licence.
 
     What the cache has is not fetched again; where the hub cannot be asked, the cached snapshot is
@@ -47,9 +50,11 @@ def download(hub_id: str, check: Callable[[LlamaConfig], None] | None = None) ->
         if _INDEX in files:
             huggingface_hub.hf_hub_download(name, _INDEX, revision=info.sha)
     cfg, _ = read_config(snapshot, allow_unknown=True)
+    weights = _weight_files(snapshot)
     if check:
-        check(cfg)
-    wanted = [file for file in files if _is_wanted(file)] + _weight_files(snapshot)
+        sizes = [files[file].size or 0 for file in weights if file in files]
+        check(cfg, None if read_quantization(snapshot) is None else sum(sizes))
+    wanted = [file for file in files if _is_wanted(file)] + weights
     if absent := [file for file in wanted if file not in files]:
         raise ValueError(f"{hub_id} lacks {', '.join(absent)}, which its {_INDEX} names")
     missing = _check_room(hub_id, [files[file] for file in wanted], snapshot)
