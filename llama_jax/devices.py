@@ -36,6 +36,18 @@ _COORDINATES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _WORKER_NAMES = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
+# Read by libtpu when it is loaded: nothing is asked of a network, several processes may compile at
+# once, and its warnings about a TPU that is not there stay unsaid.
+_ABSENT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
 
 def use_compilation_cache() -> None:
     """Keep compiled programs for the next run in the user's cache, if no other place is set."""
@@ -44,6 +56,12 @@ def use_compilation_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def without_tpu() -> None:
+    """Let libtpu, which is yet to be loaded, be no more than a compiler; what the environment already says stays."""
+    for key, value in _ABSENT_TPU.items():
+        os.environ.setdefault(key, value)
 
 
 def open_devices(
@@ -60,6 +78,8 @@ def open_devices(
     on_cpu = _cpu_is_asked_for()
     tpus = [] if on_cpu else tpu_files(root)
     workers = num_processes(environ, on_tpu=bool(tpus))
+    if not tpus:
+        without_tpu()
     with _told(patience, _waiting_for(workers, tpus, environ)):
         if workers > 1 and not jax.distributed.is_initialized():
             _connect(workers, environ)

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from llama_jax.devices import without_tpu
 from llama_jax.mesh import make_mesh, parse_mesh
 
 GIB = 2**30
@@ -100,18 +101,6 @@ _DEVICE_KINDS = {
 # Those of two dimensions are a list; of three, small ones and then whole cubes of 4 x 4 x 4.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-
-# Read by libtpu when it is loaded: nothing is asked of a network, several processes may compile at
-# once, and its warnings about a TPU that is not there stay unsaid.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v4-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 
 
 @dataclass(frozen=True)
@@ -313,7 +302,7 @@ def open_slice(target: Slice) -> list[Device]:
         return devices[: target.num_chips]
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"planning for a TPU needs its compiler: pip install --no-deps '{libtpu_requirement()}'")
-    os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
+    without_tpu()
     # Without devices jax writes programs to its cache, warns when it finds one, and compiles again.
     jax.config.update("jax_enable_compilation_cache", False)
     return _described(target)

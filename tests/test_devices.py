@@ -5,6 +5,7 @@ query is a function in place of jax.devices, and the cloud's records come from a
 """
 
 import http.server
+import importlib.util
 import os
 import socket
 import subprocess
@@ -228,6 +229,16 @@ def test_devices_that_answer_in_time_say_nothing(tmp_path, any_platform, capsys)
     open_devices(tmp_path, {}, patience=0.3)
     time.sleep(0.4)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+def test_the_tpu_compiler_says_nothing_about_a_tpu_that_is_not_there():
+    if tpu_files():
+        pytest.skip("this host has a TPU")
+    code = "from llama_jax.devices import open_devices; print(open_devices()[0].platform)"
+    environ = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS" and "TPU" not in key}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert (done.stdout.strip() in ("cpu", "gpu"), done.stderr) == (True, "")
 
 
 def test_of_two_processes_the_first_alone_prints():
