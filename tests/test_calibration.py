@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import weakref
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from llama_jax.calibration.gptq import DAMPING, gptq
 from llama_jax.calibration.layers import Calibration, _block, _Text
 from llama_jax.calibration.text import Rows, read_rows
 from llama_jax.checkpoint.formats import open_checkpoint, write_checkpoint
-from llama_jax.checkpoint.quantized.compressing import Compression
+from llama_jax.checkpoint.quantized.compressing import Compression, Report
 from llama_jax.checkpoint.quantized.nearest import fit, nearest
 from llama_jax.convert import Recipe, convert, main
 from llama_jax.kernels.narrow import round_inputs
@@ -214,6 +216,35 @@ def perplexity(logits: np.ndarray) -> float:
     """Of logits [N, T, V] of the held-out rows."""
     chosen = torch.tensor(rows().held_out[:, 1:], dtype=torch.int64).flatten()
     return float(torch.nn.functional.cross_entropy(torch.tensor(logits[:, :-1]).flatten(0, 1), chosen).exp())
+
+
+def test_no_more_than_a_layer_of_the_model_is_in_memory(tmp_path):
+    cfg = dataclasses.replace(TINY, num_layers=6)
+    source = open_checkpoint(save_hf(hf_model(cfg), tmp_path / "floats")).source
+    alive: list[tuple[str, weakref.ref]] = []
+
+    class Watched:
+        tensors = source.tensors
+
+        def read(self, name: str) -> np.ndarray:
+            values = source.read(name)
+            if ".layers." in name:
+                here = name.split(".")[2]
+                others = {layer for layer, array in alive if array() is not None} - {here}
+                floats = sum(array.nbytes for array in jax.live_arrays()) - before
+                most.append((len(others), floats))
+                alive.append((here, weakref.ref(values)))
+            return values
+
+    most: list[tuple[int, int]] = []
+    before = sum(array.nbytes for array in jax.live_arrays())
+    scheme = SCHEMES["int4"]
+    with use_mesh("data=1"):
+        covered = {name for name in source.tensors if "_proj" in name}
+        for _ in Calibration(cfg, scheme, "gptq", rows()).weights(Watched(), covered, Report(0, (0, 0))):
+            pass
+    assert len(most) == 9 * cfg.num_layers
+    assert max(most) == (0, 0)
 
 
 # The command

@@ -61,10 +61,11 @@ class Calibration:
         if not self.cfg.tie_embeddings:
             del table
         for index in range(self.cfg.num_layers):
-            stored = {_within(name): source.read(name) for name in rest if name.startswith(f"model.layers.{index}.")}
-            names = {name: f"model.layers.{index}.{name}.weight" for name in stored}
-            narrow = frozenset(name for name in stored if names[name] in covered)
-            made = self._rounded(stored, narrow, texts, functools.partial(report.add, index))
+            names = {_within(name): name for name in rest if name.startswith(f"model.layers.{index}.")}
+            narrow = frozenset(name for name in names if names[name] in covered)
+            stored = {name: source.read(names[name]) for name in names}
+            made = self._passed(stored, narrow, texts, functools.partial(report.add, index))
+            del stored  # before the next is read
             yield from ((names[name], values) for name, values in made.items())
         ends = {name: source.read(name) for name in rest if not name.startswith("model.layers.")}
         yield from ends.items()
@@ -72,13 +73,26 @@ class Calibration:
         for label, text in texts.items():
             report.perplexities[label] = text.perplexities(norm, head[0] if head else table)
 
-    def _rounded(
+    def _passed(
         self, stored: Layer, narrow: frozenset[str], texts: "dict[str, _Text]", add: Callable[..., None]
     ) -> dict[str, np.ndarray | Packed]:
-        """The tensors of a layer as they are written; the texts have passed it then."""
-        layer = {name: values.astype(np.float32) for name, values in stored.items()}
-        plain = _block(self.cfg, layer)
+        """The tensors of a layer as they are written, through which the texts have gone then."""
+        plain = _block(self.cfg, {name: values.astype(np.float32) for name, values in stored.items()})
         seen = {} if self.method == "rtn" else texts["calibration"].inputs(plain, self.method)
+        made = self._rounded(stored, narrow, seen)
+        wide = {n: v.dequantize() if isinstance(v, Packed) else v.astype(np.float32) for n, v in made.items()}
+        rounded = _block(self.cfg, wide)
+        for label, text in texts.items():
+            for outputs in text.advance(plain, rounded, narrow, self.scheme.rest):
+                if label == "held-out":
+                    add(*outputs)
+        return made
+
+    def _rounded(
+        self, stored: Layer, narrow: frozenset[str], seen: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray | Packed]:
+        """The tensors of a layer, with what is seen of the inputs at each place."""
+        layer = {name: values.astype(np.float32) for name, values in stored.items()}
         if self.method in _FOLDS:
             for place in PLACES:
                 matrices, count = [layer[name] for name in place.products], len(layer[place.before])
@@ -91,12 +105,6 @@ class Calibration:
                 made[name] = gptq(layer[name], seen[place.before], self.scheme, stored[name].dtype)
             else:
                 made[name] = nearest(layer[name], self.scheme, stored[name].dtype)
-        wide = {n: v.dequantize() if isinstance(v, Packed) else v.astype(np.float32) for n, v in made.items()}
-        rounded = _block(self.cfg, wide)
-        for label, text in texts.items():
-            for outputs in text.advance(plain, rounded, narrow, self.scheme.rest):
-                if label == "held-out":
-                    add(*outputs)
         return made
 
 
@@ -128,7 +136,7 @@ class _Text:
             yield self._plain[i], self._rounded[i]
 
     def perplexities(self, norm: np.ndarray, head: np.ndarray) -> tuple[float, float]:
-        """Of all tokens but the first of each row, before and after."""
+        """Of all tokens but the first of each row, before and after; norm and head are the model's last."""
         final = RMSNorm(self._cfg, sharding_rules(self._cfg))
         final.scale[...] = jnp.asarray(norm.astype(np.float32))
         table = jnp.asarray(head.astype(np.float32))
