@@ -3,8 +3,8 @@
 Packed text seldom rewards looking far back. Here statements such as "small turtle month signal." are strewn over
 text and made again later: the value, "month signal", is predicted only by looking back to where the key, "small
 turtle", stood. The value follows its key at once, and many rows hold little else: so induction heads (arXiv
-2209.11895) form within a hundred steps, also in a model of a few million parameters; with words between the two and
-statements strewn thinly they did not form within a thousand.
+2209.11895) can form within a few hundred steps of a model of a few million parameters (docs/demo.md); with words
+between the two and statements strewn thinly they did not form within a thousand.
 A needle is a statement in held-out text that is asked for at the end (the test of
 github.com/gkamradt/LLMTest_NeedleInAHaystack). The invariant: rows are functions of their arguments alone, made
 from the raw 64-bit draws of Philox, which NumPy promises never to change (NEP 19).
