@@ -43,6 +43,8 @@ class ScriptedEngine:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens, which leaves no room in a context of {self.max_seq_len}"
             )
+        if outside := [token for token in tokens if not 0 <= token < self.cfg.vocab_size]:
+            raise ValueError(f"prompt token {outside[0]} is outside the vocabulary of {self.cfg.vocab_size}")
         result = Result(prompt if isinstance(prompt, str) else None, tokens)
         room = min(params.max_new_tokens, self.max_seq_len - len(tokens))
         return Request(result, params, self.tokenizer, room, adapter=adapter)

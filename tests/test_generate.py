@@ -331,7 +331,7 @@ def test_a_pipe_that_is_no_prompt_is_one_line_and_a_failure(run, checkpoint, mon
 
 def test_a_model_of_the_hub_that_does_not_fit_is_refused_before_it_is_fetched(run, monkeypatch):
     def download(name, check):
-        check(PRESETS["llama3.1-8b"])
+        check(PRESETS["llama3.1-8b"], None)
         pytest.fail("weights were fetched")
 
     monkeypatch.setattr("llama_jax.memory.bytes_left", lambda devices: 10**9)

@@ -130,13 +130,13 @@ def only(number):
 
 
 def test_reading_goes_on_while_the_step_computes_and_waits_are_counted():
-    with Stream({"a": SlowRows(0.01)}, only, 2, state={}) as stream:
+    with Stream({"a": SlowRows(0.05)}, only, 2, state={}) as stream:
         next(stream)
         assert stream.take_wait() > 0.01
-        for _ in range(10):
-            time.sleep(0.06)
+        for _ in range(5):
+            time.sleep(0.3)
             next(stream)
-        assert stream.take_wait() < 0.1  # ten batches take 0.2 s to read
+        assert stream.take_wait() < 0.25  # five batches take 0.5 s to read
         assert stream.take_wait() == 0
 
 
