@@ -89,13 +89,31 @@ TRAINING = {
         peers=(Published("minimal_with_context", 28.62, 386.1, 1.973, 28.9, 15.0, 9),),
     ),
     "8b-v4-64-b2": Training(
-        "llama3.1-8b", "v4:4x4x4", 128, 8192, "fsdp=64", peers=(Published("default", 14.55, 904.9, 4.463, 27.0, 14.0),)
+        "llama3.1-8b",
+        "v4:4x4x4",
+        128,
+        8192,
+        "fsdp=64",
+        remat="attention",
+        peers=(Published("default", 14.55, 904.9, 4.463, 27.0, 14.0),),
     ),
     "8b-v4-64-b4": Training(
-        "llama3.1-8b", "v4:4x4x4", 256, 8192, "fsdp=64", peers=(Published("default", 26.50, 1809.7, 8.658, 27.0, 14.0),)
+        "llama3.1-8b",
+        "v4:4x4x4",
+        256,
+        8192,
+        "fsdp=64",
+        remat="attention",
+        peers=(Published("default", 26.50, 1809.7, 8.658, 27.0, 14.0),),
     ),
     "8b-v5p-64-b2": Training(
-        "llama3.1-8b", "v5p:4x4x4", 128, 8192, "fsdp=64", peers=(Published("default", 14.54, 904.9, 2.793, 27.0, 14.0),)
+        "llama3.1-8b",
+        "v5p:4x4x4",
+        128,
+        8192,
+        "fsdp=64",
+        remat="attention",
+        peers=(Published("default", 14.54, 904.9, 2.793, 27.0, 14.0),),
     ),
     "8b-v4-64-128k": Training(
         "llama3.1-8b",
@@ -119,6 +137,7 @@ TRAINING = {
         256,
         8192,
         "fsdp=128",
+        remat="offload_qkv",
         peers=(Published("recipe, 45 GiB offloaded; upper bound", 22.0, 8337, 20.056, 260.5, 131.4, 9),),
     ),
     "70b-v5p-128-128k": Training(
@@ -127,23 +146,22 @@ TRAINING = {
         8,
         131_072,
         "fsdp=8,context=16",
+        remat="offload_qkv",
         peers=(Published("recipe, 32.5 GiB offloaded; upper bound", 26.3, 4080, 13.30, 341.0, 171.4, 9),),
     ),
     "405b-v4-2048-b1": Training(
-        "llama3.1-405b", "v4:8x16x16", 2048, 8192, "fsdp=256,tensor=8", micro_batch_tokens=8192, peers=(_FULL_405B,)
+        "llama3.1-405b", "v4:8x16x16", 2048, 8192, "fsdp=2048", remat="offload", peers=(_FULL_405B,)
     ),
     "405b-v5p-512-b2": Training(
         "llama3.1-405b",
         "v5p:8x8x8",
         1024,
         8192,
-        "fsdp=64,tensor=8",
-        micro_batch_tokens=8192,
+        "fsdp=512",
+        remat="offload_qkv",
         peers=(Published("recipe, 64 GiB offloaded; under", 95.0, 50660, 116.76, 1545.2, 767.7, 9),),
     ),
-    "405b-v4-2048-128k": Training(
-        "llama3.1-405b", "v4:8x16x16", 128, 131_072, "fsdp=16,context=16,tensor=8", micro_batch_tokens=8192
-    ),
+    "405b-v4-2048-128k": Training("llama3.1-405b", "v4:8x16x16", 128, 131_072, "fsdp=128,context=16", remat="offload"),
 }
 
 SERVING = {
