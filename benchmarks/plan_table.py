@@ -59,12 +59,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Serving:
-    """A batch of one prompt of a preset on a slice, in bfloat16."""
+    """A batch of one prompt of a preset on a slice, in bfloat16 or with weights in the few bits of a scheme."""
 
     preset: str
     slice: str
     context: int
     mesh: str
+    quantize: str | None = None
 
 
 _FULL_8B = Published("default", 8.57, 452.4, 2.229, 28.2, 14.0)
@@ -165,15 +166,23 @@ TRAINING = {
 }
 
 SERVING = {
-    f"serve-{size}-{kind}-{chips}-{name}": Serving(f"llama3.1-{size}", f"{kind}:{shape}", context, f"tensor={chips}")
-    for size, kind, shape, chips in (
-        ("8b", "v4", "1x1x1", 1),
-        ("8b", "v5e", "2x2", 4),
-        ("8b", "v5e", "2x4", 8),
-        ("70b", "v4", "2x2x2", 8),
-        ("70b", "v4", "2x2x4", 16),
-        ("405b", "v4", "2x4x4", 32),
-        ("405b", "v5p", "2x2x4", 16),
+    "-".join(filter(None, ("serve", size, quantize, kind, str(chips), name))): Serving(
+        f"llama3.1-{size}", f"{kind}:{shape}", context, f"tensor={chips}", quantize
+    )
+    for size, quantize, kind, shape, chips in (
+        ("8b", None, "v4", "1x1x1", 1),
+        ("8b", None, "v5e", "2x2", 4),
+        ("8b", None, "v5e", "2x4", 8),
+        ("70b", None, "v4", "2x2x2", 8),
+        ("70b", None, "v4", "2x2x4", 16),
+        ("405b", None, "v4", "2x4x4", 32),
+        ("405b", None, "v5p", "2x2x4", 16),
+        ("8b", "int8", "v4", "1x1x1", 1),
+        ("8b", "int8", "v5e", "1x1", 1),
+        ("70b", "int8", "v5e", "2x4", 8),
+        ("70b", "int4", "v5e", "2x4", 8),
+        ("405b", "int8", "v4", "2x4x4", 32),
+        ("405b", "int8", "v5p", "2x2x4", 16),
     )
     for name, context in (("8k", 8192), ("128k", 131_072))
 }
@@ -195,7 +204,15 @@ def plan_training(row: Training, hlo: Path | None = None) -> Plan:
 
 def plan_serving(row: Serving, hlo: Path | None = None) -> GenerationPlan:
     """Compile the row's prefill and decode, of a prompt that leaves room for 128 tokens."""
-    work = Workload(PRESETS[row.preset], "bfloat16", 1, row.context - 128, row.context, {"steps_per_dispatch": 1})
+    work = Workload(
+        PRESETS[row.preset],
+        "bfloat16",
+        1,
+        row.context - 128,
+        row.context,
+        {"steps_per_dispatch": 1},
+        quantize=row.quantize,
+    )
     return plan_generation(work, parse_slice(row.slice), row.mesh, hlo=hlo)
 
 
@@ -240,7 +257,8 @@ def serving_line(name: str, found: GenerationPlan) -> tuple[str, ...]:
     fits = "" if found.fits else " does NOT fit"
     step, least = found.decode.estimated_step_seconds, found.decode_read_seconds
     time = f"{1e3 * (step or 0):.2f} ms, bytes {1e3 * (least or 0):.2f} ms"
-    return name, f"llama_jax, {found.mesh}, decode", f"{found.hbm_peak_bytes / GIB:.2f}{fits}", "", time, ""
+    few = f", weights in {found.quantize}" if found.quantize else ""
+    return name, f"llama_jax, {found.mesh}, decode{few}", f"{found.hbm_peak_bytes / GIB:.2f}{fits}", "", time, ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

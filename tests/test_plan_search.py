@@ -7,10 +7,13 @@ import pytest
 
 import train.plan
 import train.search
+from benchmarks import plan_table
 from benchmarks.plan_table import SERVING, TRAINING, peer_seconds
+from llama_jax.config import PRESETS
 from llama_jax.mesh import make_mesh, parse_mesh, sharding_rules
 from llama_jax.plan import Plan, rank, summary, try_each
 from llama_jax.remat import REMAT_POLICIES
+from llama_jax.schemes import find_scheme
 from llama_jax.slices import parse_slice
 from tests.tiny import TINY
 from train.config import DataConfig, PhaseConfig, RunConfig, StageConfig, TrainConfig, read_config
@@ -149,3 +152,12 @@ def test_the_rows_of_the_table_have_the_measures_parts():
     assert {"405b-v4-2048-128k", "8b-v4-64-b1-fast"} < set(TRAINING)
     assert {row.mesh for row in SERVING.values() if row.slice == "v4:2x4x4"} == {"tensor=32"}
     assert all(parse_slice(row.slice).num_chips for row in (*TRAINING.values(), *SERVING.values()))
+
+
+def test_a_row_of_serving_is_what_the_options_of_generation_would_plan(monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan_table, "plan_generation", lambda work, target, mesh, hlo: asked.append((work, mesh)))
+    plan_table.plan_serving(SERVING["serve-405b-int8-v5p-16-128k"])
+    ((work, mesh),) = asked
+    assert (work.cfg, work.context, mesh) == (PRESETS["llama3.1-405b"], 131_072, "tensor=16")
+    assert work.scheme == find_scheme("int8")
