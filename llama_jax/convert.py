@@ -173,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     group.add_argument(
         "--quantize",
         metavar="Q",
-        help="--to hf: int8, int8-a8, int4, int4-g128, fp8, ... in compressed-tensors; --to gguf: q8_0 or q4_0",
+        help="--to hf: int8, int8-a8, int4, int4-g128, fp8, ... in compressed-tensors, nf4 as bitsandbytes has it; "
+        "--to gguf: q8_0 or q4_0",
     )
     group.add_argument(
         "--calibration",

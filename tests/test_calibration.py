@@ -275,7 +275,7 @@ def test_gptq_costs_the_demo_less_than_rounding_to_nearest(documents, tmp_path):
         ("--quantize int4 --method gptq", "--method gptq needs text: give it with --calibration FILE"),
         ("--quantize fp8 --method awq", "awq is for int8, int4, .*; fp8 takes --method rtn or gptq"),
         ("--quantize int4 --method smoothquant", "smoothquant is for int8-a8; int4 takes --method rtn or gptq or awq"),
-        ("--quantize nf4", "compressed-tensors holds no nf4; int8, int4 and fp8 can be written"),
+        ("--quantize nf4 --method gptq", "gptq is for int8, .*; nf4 takes --method rtn"),
         ("--quantize int4 --to meta", "--quantize int4 is written with --to hf or gguf, not meta"),
         ("--quantize q4_0 --to gguf --method awq", "--method and --calibration are for --to hf; gguf is rounded"),
         ("--quantize int8 --calibration short.txt", "the calibration text has 6 tokens; give at least 2555"),

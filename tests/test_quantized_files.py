@@ -305,6 +305,50 @@ def test_compressed_tensors_reads_what_is_written(tmp_path, scheme):
         assert np.abs(weight - read).max() <= step / 2 * np.abs(weight).max() * 1.01
 
 
+# Written here, read by bitsandbytes
+
+
+@pytest.fixture(scope="module")
+def nf4(tmp_path_factory):
+    """A random model, and where it lies in NF4; its rows are whole blocks."""
+    cfg = dataclasses.replace(TINY, embed_dim=64, mlp_dim=192, num_heads=4, head_dim=16)
+    model, directory = hf_model(cfg), tmp_path_factory.mktemp("nf4")
+    convert(str(save_hf(model, directory / "floats")), str(directory / "few"), to="hf", recipe=Recipe("nf4"))
+    return model, directory / "few"
+
+
+def test_bitsandbytes_reads_the_nf4_that_is_written(nf4):
+    theirs = transformers.LlamaForCausalLM.from_pretrained(nf4[1])
+    assert theirs.model.layers[0].mlp.up_proj.weight.quant_state.nested
+    expected = hf_logits(theirs.dequantize(), TOKENS)  # on CPUs its products are of bfloat16
+    assert relative_error(logits(nf4[1]), expected) < ROUNDING
+    assert relative_error(kept_logits(nf4[1], layout="layers"), expected) < ROUNDING
+
+
+def test_nf4_is_what_bitsandbytes_would_make_of_the_same_weights(nf4):
+    from bitsandbytes.nn import Linear4bit
+
+    model, directory = nf4
+    ours, off = safetensors.torch.load_file(directory / "model.safetensors"), []
+    for name, module in linears(model).items():
+        made = Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
+        made.load_state_dict(module.state_dict())
+        for part, theirs in made.to("cpu").state_dict().items():
+            mine = ours.pop(f"{name}.{part}")
+            if "quant_state" in part:
+                mine, theirs = (json.loads(bytes(state.tolist())) for state in (mine, theirs))
+                assert mine.pop("nested_offset") == pytest.approx(theirs.pop("nested_offset"), rel=1e-6)
+                assert mine == theirs
+            elif part == "weight.absmax":
+                off.append((mine.short() - theirs.short()).abs())
+            else:
+                torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    # On CPUs it rounds scales by a table: some that lie between two numbers go to the other.
+    off = torch.cat(off).float()
+    assert off.max() <= 1 and off.mean() < 0.01
+    assert not any("_proj" in name for name in ours)
+
+
 # Kept in few bits
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.checkpoint.quantized.nested import nearest_nf4
 from llama_jax.checkpoint.quantized.packed import Packed
 from llama_jax.schemes import Scheme
 
@@ -58,6 +59,8 @@ def fit(groups: np.ndarray, scheme: Scheme, dtype: np.dtype) -> Grid:
 
 def nearest(matrix: np.ndarray, scheme: Scheme, dtype: np.dtype) -> Packed:
     """A matrix [out, in] rounded by a scheme; dtype as in `fit`."""
+    if scheme.rest.code == "nf4":
+        return nearest_nf4(matrix, scheme.group)
     groups = matrix.astype(np.float32).reshape(-1, scheme.group or matrix.shape[1])
     grid = fit(groups, scheme, dtype)
     return packed(grid.nearest(groups).reshape(matrix.shape), [grid])

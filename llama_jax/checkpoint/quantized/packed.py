@@ -28,12 +28,27 @@ _INTEGERS = {4: np.dtype(ml_dtypes.int4), 8: np.dtype(np.int8)}
 FLOATS = ("float32", "float16", "bfloat16")
 
 
+class NestedScales(NamedTuple):
+    """Scales [N] in 8 bits: levels[codes] times the outer scale of their block, and an offset."""
+
+    codes: np.ndarray
+    levels: np.ndarray
+    outer: np.ndarray
+    offset: np.float32
+    block: int
+
+    def wide(self) -> np.ndarray:
+        """The scales, float32 [N]."""
+        return self.levels[self.codes] * self.outer.repeat(self.block)[: len(self.codes)] + self.offset
+
+
 class Packed(NamedTuple):
     """R rows and C columns of a weight: (values - zeros) * scales - offsets, or levels[values] * scales.
 
     values are integers or floats [R, C]. scales, zeros and offsets are [R, G], or [1, G] for all rows alike: each
     column of them for C / G neighbouring columns of values or, with groups int [C], for those that name it.
-    bits: how many of a value count (8 for float8). levels: what the values 0, 1, ... stand for.
+    bits: how many of a value count (8 for float8). levels: what the values 0, 1, ... stand for. nested: what scales are
+    stored as, where these are quantized themselves.
     """
 
     values: np.ndarray
@@ -43,6 +58,7 @@ class Packed(NamedTuple):
     offsets: np.ndarray | None = None
     groups: np.ndarray | None = None
     levels: np.ndarray | None = None
+    nested: NestedScales | None = None
 
     def dequantize(self) -> np.ndarray:
         """The numbers, float32 [R, C]."""
