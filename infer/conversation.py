@@ -75,15 +75,13 @@ class Conversation:
         self.messages = dialog(system)
 
     def run(self) -> None:
-        """Take turns until /exit, Ctrl-D or the second Ctrl-C in a row."""
+        """Take turns until /exit, Ctrl-D or the second Ctrl-C in a row; in an answer that raises KeyboardInterrupt."""
         pastes_whole = edit_lines()
         say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         interrupted = False
         while True:
             try:
-                if not self._turn(pastes_whole):
-                    return
-                interrupted = False
+                text = read_message(pastes_whole)
             except UnicodeDecodeError:
                 say("that was not UTF-8 and is left out")
             except EOFError:
@@ -94,10 +92,13 @@ class Conversation:
                     return
                 interrupted = True
                 say("Ctrl-D or /exit leaves, and so does Ctrl-C once more")
+            else:
+                interrupted = False
+                if not self._turn(text):
+                    return
 
-    def _turn(self, pastes_whole: bool) -> bool:
-        """Read and do one thing; false if that is to leave."""
-        text = read_message(pastes_whole)
+    def _turn(self, text: str) -> bool:
+        """Do what a message asks for; false if that is to leave."""
         if text.startswith("/") and "\n" not in text:
             name, _, argument = text[1:].partition(" ")
             if name == "exit":
@@ -209,7 +210,10 @@ def _more_waits() -> bool:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """The Ctrl-C pressed meanwhile, which breaks off nothing halfway; the second raises KeyboardInterrupt as ever."""
+    """The Ctrl-C pressed meanwhile, which breaks off nothing halfway; the second raises KeyboardInterrupt as ever.
+
+    That may be between what this process and the others run, so nothing can go on after it.
+    """
     pressed: list[int] = []
 
     def press(number, frame) -> None:

@@ -48,6 +48,8 @@ class Parrot:
             raise ValueError("this batch needs 9 GB")
         for piece in itertools.repeat("~") if text == "long" else ["<", text, ">"]:
             yield 0, piece
+        if text == "stuck":
+            raise KeyboardInterrupt  # what Ctrl-C does once it was pressed before
         request.result.tokens, request.result.finish_reason = text.split(), "length" if text == "cut" else "stop"
 
 
@@ -79,12 +81,12 @@ runpy.run_module("infer.generate", run_name="__main__", alter_sys=True)
 class Terminal:
     """A program on a terminal of its own: send what is typed, await what is shown."""
 
-    def __init__(self, code: str, *argv: str):
+    def __init__(self, code: str, *argv: str, **environment: str):
         self._keys, screen = pty.openpty()
-        env = os.environ | {"TERM": "xterm", "INPUTRC": os.devnull, "JAX_PLATFORMS": "cpu"}
+        env = os.environ | {"TERM": "xterm", "INPUTRC": os.devnull, "JAX_PLATFORMS": "cpu"} | environment
         env["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
         command = [sys.executable, "-c", code, *argv]
-        self._program = subprocess.Popen(
+        self.program = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=screen, stdout=screen, stderr=screen, start_new_session=True
         )
         os.close(screen)
@@ -117,7 +119,7 @@ class Terminal:
         return seen
 
     def status(self) -> int:
-        return self._program.wait(timeout=60)
+        return self.program.wait(timeout=60)
 
     def heard(self) -> list[list[str]]:
         """Leave; the contents of every dialog that the parrot was given."""
@@ -129,8 +131,8 @@ class Terminal:
         return dialogs
 
     def close(self) -> None:
-        self._program.kill()
-        self._program.wait()
+        self.program.kill()
+        self.program.wait()
         os.close(self._keys)
 
 
@@ -315,6 +317,11 @@ def test_a_message_without_room_is_left_out_and_the_way_out_told(talk, capsys):
 def test_an_answer_that_the_devices_have_no_room_for_is_told_and_the_dialog_kept(talk, capsys):
     assert talk("a", "large", "c") == ["sys", "a", "<a>", "c", "<c>"]
     assert "the message is left out: this batch needs 9 GB; /reset empties the dialog" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_in_an_answer_ends_the_command(talk):
+    with pytest.raises(KeyboardInterrupt):
+        talk("a", "stuck", "c")
 
 
 def test_the_start_is_told_once_after_the_first_answer(talk, capsys):

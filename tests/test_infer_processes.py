@@ -1,4 +1,4 @@
-"""Inference in two processes: the tokens of one, whatever the mesh; a signal or a death of one ends both."""
+"""Inference in two processes, by every command: the tokens of one; a signal or a death of one ends both."""
 
 import contextlib
 import json
@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
@@ -23,32 +24,36 @@ from infer.entry import DEMO
 from infer.sampling import SamplingParams
 from llama_jax.peers import EXIT_PEER_LOST
 from tests.processes import ROOT, free_address
+from tests.test_conversation import GENERATE, Terminal
 
 SMALL = ("--max-seq-len", "128")
-SERVING = (*SMALL, "--port", "0", "--max-batch-size", "4", "--prefill-chunk", "32")
+SERVING = (*SMALL, "--port", "0", "--max-batch-size", "2", "--prefill-chunk", "16")
 
 
 class Run:
-    """A command in two processes of one device each."""
+    """A command in two processes of one device each, the first on a terminal if there is one to type at."""
 
-    def __init__(self, directory: Path, module: str, *options: str, stdin: str = ""):
-        address, self.processes = free_address(), []
+    def __init__(self, directory: Path, module: str, *options: str, on_a_terminal: bool = False):
+        address, self.processes, self.terminal = free_address(), [], None
         self.logs = [directory / f"log-{process}" for process in range(2)]
-        self.printed = directory / "printed"
         for process, log in enumerate(self.logs):
             own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
             own["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+            own["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
             own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process)}
-            given = directory / f"stdin-{process}"  # the first alone has the prompt
-            given.write_text(stdin if process == 0 else "")
+            if on_a_terminal and process == 0:
+                self.terminal = Terminal(GENERATE, *options, **own)
+                self.processes.append(self.terminal.program)
+                continue
             command = [sys.executable, "-m", module, *options]
-            with given.open() as stdin_file, log.open("w") as stderr, self.printed.open("a") as stdout:
+            nothing = subprocess.DEVNULL
+            with log.open("w") as stderr:
                 self.processes.append(
-                    subprocess.Popen(command, env=os.environ | own, stdin=stdin_file, stdout=stdout, stderr=stderr)
+                    subprocess.Popen(command, env=os.environ | own, stdin=nothing, stdout=nothing, stderr=stderr)
                 )
 
     def statuses(self) -> list[int]:
-        return [process.wait(timeout=120) for process in self.processes]
+        return [process.wait(timeout=240) for process in self.processes]
 
     def said(self, process: int) -> str:
         return self.logs[process].read_text()
@@ -88,6 +93,8 @@ def running(*args, **options):
         for process in run.processes:
             process.kill()
             process.wait()
+        if run.terminal is not None:
+            run.terminal.close()
 
 
 def open_stream(address: str, **body):
@@ -104,23 +111,56 @@ def text_of(lines: list[bytes]) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """The text that one process gives."""
+def engine():
+    """One process alone."""
     with llama_jax.use_mesh("data=1"):
         model = llama_jax.load(DEMO, layout="layers")
-    engine = Engine(model, llama_jax.load_tokenizer(DEMO), max_seq_len=128)
+    return Engine(model, llama_jax.load_tokenizer(DEMO), max_seq_len=128)
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    """The text that one process gives."""
     return lambda prompt, **settings: engine.generate(prompt, SamplingParams(**settings))[0].text
 
 
-@pytest.mark.parametrize("guesses", [(), ("--draft", str(DEMO), "--num-draft-tokens", "2")], ids=["plain", "draft"])
-def test_two_processes_continue_what_is_piped_to_the_first_as_one_does(alone, tmp_path, guesses):
-    options = ("--json", "--max-new-tokens", "12", "--temperature", "1", "--top-p", "1", "--seed", "3", *guesses)
-    with running(tmp_path, "infer.generate", *SMALL, *options, "--mesh", "tensor=2", stdin="import os\n\n") as run:
+def test_two_processes_talk_as_one_does_and_if_the_first_dies_the_other_says_so(alone, tmp_path):
+    """Ctrl-C, which a terminal sends to both, is the first one's."""
+    options = ("--chat", *SMALL, "--mesh", "tensor=2", "--temperature", "0", "--max-new-tokens", "12")
+    messages = []
+    with running(tmp_path, "infer.generate", *options, on_a_terminal=True) as run:
+        for said in ("Why?", "Why not?"):
+            run.terminal.see("> ", seconds=120)
+            run.processes[1].send_signal(signal.SIGINT)
+            run.terminal.send(f"{said}\n")
+            messages.append({"role": "user", "content": said})
+            messages.append({"role": "assistant", "content": alone(messages, max_new_tokens=12)})
+            shown = run.terminal.see(r"\[\d+ of 128 tokens", seconds=120).replace("\r\n", "\n")
+            assert messages[-1]["content"] + "\n[" in shown
+        assert_the_other_ends(run, dies=0)
+
+
+def test_two_processes_answer_a_file_as_one_does_with_guesses(engine, alone, tmp_path):
+    asked = [
+        {"prompt": "import os\n\n", "temperature": 1.0, "top_p": 1.0, "seed": 3},
+        {"prompt": "def f(", "temperature": 0.0},
+        {"prompt": "class A", "temperature": 0.0},
+    ]
+    bodies = [("/v1/completions", {"max_tokens": 12} | settings) for settings in asked]
+    bodies.append(("/v1/embeddings", {"input": [5, 6, 7]}))
+    lines = [{"custom_id": str(i), "url": url, "body": body} for i, (url, body) in enumerate(bodies)]
+    source, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = (*SMALL, "--mesh", "data=2", "--max-batch-size", "2", "--draft", str(DEMO), "--num-draft-tokens", "2")
+    with running(tmp_path, "infer.batch", str(source), str(answers), *options) as run:
         assert run.statuses() == [0, 0], [run.said(process) for process in range(2)]
-    *_, line = run.printed.read_text().splitlines()  # gloo prints lines of its own
-    result = json.loads(line)
-    assert (result["accepted_tokens"] > 4) == bool(guesses)
-    assert result["text"] == alone("import os\n\n", max_new_tokens=12, temperature=1.0, seed=3)
+    accepted = re.search(r"(\d+)% of \d+ draft tokens accepted", run.said(0))
+    assert accepted is not None and int(accepted[1]) > 50
+    answered = (json.loads(line) for line in answers.read_text().splitlines())
+    *texts, embedded = (body for _, body in sorted((line["custom_id"], line["response"]["body"]) for line in answered))
+    for settings, body in zip(asked, texts, strict=True):
+        assert body["choices"][0]["text"] == alone(max_new_tokens=12, **settings)
+    np.testing.assert_allclose(embedded["data"][0]["embedding"], engine.embed([5, 6, 7]), atol=1e-5)  # float32
 
 
 def test_two_processes_serve_as_one_does_and_a_signal_to_any_lets_what_runs_end(alone, tmp_path):
@@ -130,7 +170,7 @@ def test_two_processes_serve_as_one_does_and_a_signal_to_any_lets_what_runs_end(
         asked = [
             ("def f(", {"temperature": 0.0}),
             ("class A", {"temperature": 1.0, "seed": 5}),
-            ("x" * 40, {"seed": 1}),
+            ("x" * 40, {"seed": 1, "presence_penalty": 1.0}),
         ]
         asked = [(prompt, {"temperature": 0.6, "top_p": 0.9} | settings) for prompt, settings in asked]
         streams = [open_stream(address, prompt=text, max_tokens=16, **settings) for text, settings in asked]
@@ -145,15 +185,19 @@ def test_two_processes_serve_as_one_does_and_a_signal_to_any_lets_what_runs_end(
     assert run.errors(0) == run.errors(1) == []
 
 
-@pytest.mark.parametrize("dies", [0, 1])
-def test_if_one_of_two_processes_dies_the_other_says_so_in_a_line_and_ends(dies, tmp_path):
+def test_if_the_second_process_dies_the_server_says_so_in_a_line_and_ends(tmp_path):
     with running(tmp_path, "infer.serve", *SERVING, "--mesh", "data=2") as run:
         stream, _ = open_stream(run.address(), prompt="def f(", max_tokens=100, ignore_eos=True)
-        run.processes[dies].kill()
-        died = time.monotonic()
-        assert run.processes[1 - dies].wait(timeout=60) == EXIT_PEER_LOST
-        assert time.monotonic() - died < 20
+        assert_the_other_ends(run, dies=1)
         stream.close()
+
+
+def assert_the_other_ends(run: Run, dies: int) -> None:
+    """Once this process has died."""
+    run.processes[dies].kill()
+    died = time.monotonic()
+    assert run.processes[1 - dies].wait(timeout=60) == EXIT_PEER_LOST
+    assert time.monotonic() - died < 20
     (error,) = run.errors(1 - dies)
     assert re.fullmatch(rf"error: process {dies} (\(\S+\) has gone|at localhost:\d+ is lost .*)", error)
     assert "Traceback" not in run.said(1 - dies)
