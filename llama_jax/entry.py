@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: 0, 1 with one line on stderr for an error, 130 for Ctrl-C.
 
-    ValueError, OSError and a device without memory are what a user can cause; anything else is our
-    mistake and shows its traceback. LLAMA_JAX_TRACEBACK=1 shows it for all.
+    ValueError, OSError, a device without memory and an option that a compiler does not have are what a user
+    can cause; anything else is our mistake and shows its traceback. LLAMA_JAX_TRACEBACK=1 shows it for all.
     """
     try:
         main()
@@ -25,10 +25,12 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
     except (ValueError, OSError) as error:
         _fail(error, " ".join(str(error).split()))
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
         first_line = str(error).partition("\n")[0]  # what follows lists every array
-        _fail(error, f"{first_line} Use a smaller model, batch or context, or more devices.")
+        if "RESOURCE_EXHAUSTED" in str(error):
+            _fail(error, f"{first_line} Use a smaller model, batch or context, or more devices.")
+        if "No such compile option" in first_line or "While setting option" in first_line:
+            _fail(error, f"{first_line} Set compiler_options to what the installed compiler has.")
+        raise
     sys.exit(0)
 
 

@@ -148,7 +148,7 @@ def _count(
         elif opcode == "copy":
             program.copied_bytes += times * _num_bytes(instruction)
         elif opcode.removesuffix("-start") in COLLECTIVES:
-            _count_collective(program, instruction, name, times)
+            _count_collective(program, instruction, inside, name, times)
         elif opcode == "send" and (found := _MEGASCALE.search(instruction.rest)):
             across = Collective(found[1].lower().replace("_", "-"), (), True, across=True)
             program.collectives[across] += times * _size(*instruction.shapes[0])  # type: ignore[assignment]
@@ -257,11 +257,19 @@ def _num_positions(sizes: tuple[int, int, int], pad: int, stride: int, spread: i
     return sum(0 <= at <= (size - 1) * spread and at % spread == 0 for at in reach)
 
 
-def _count_collective(program: Program, instruction: _Instruction, name: str, times: float) -> None:
-    kind, overlapped = instruction.opcode.removesuffix("-start"), instruction.opcode.endswith("-start")
+def _count_collective(
+    program: Program, instruction: _Instruction, inside: _Computation, name: str, times: float
+) -> None:
+    # A chain is one exchange that rides along with computing: it stands in the fusion that starts it, in each that
+    # carries it on, which may be an inner loop's, and in the one that ends it.
+    chained = "chain_id=" in instruction.rest
+    if chained and not any("AsyncCollectiveStart" in other.rest for other in inside.values()):
+        return
+    started = instruction.opcode.endswith("-start")
+    kind, overlapped = instruction.opcode.removesuffix("-start"), started or chained
     sizes = [_size(*shape) for shape in instruction.shapes]
     # A start gives its operands, its results and marks of a few bytes; a plain one its results.
-    size = max(sizes) if overlapped else sum(sizes)
+    size = max(sizes) if started else sum(sizes)
     if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # TPU's form of one is a fusion of a reduction and a slice
     elif kind == "reduce-scatter":

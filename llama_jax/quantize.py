@@ -218,6 +218,9 @@ def einsum(
     of_x, of_weight, of_result = re.split(",|->", subscripts)
     specs = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec, out_sharding
     joined = _joined((of_x, of_weight, of_result), specs)
+    if jax.sharding.get_abstract_mesh().abstract_device.platform == "tpu" and x.shape[1] > 1:
+        # Rows stay apart where their tokens lie along the lanes, as attention reads them: joined, the batch is between.
+        joined -= {"T"}
 
     def matrix(array: Array, letters: str, spec: PartitionSpec) -> Array:
         shape, axes = [], []

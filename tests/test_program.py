@@ -169,6 +169,23 @@ def test_what_a_slice_sends_to_the_others_is_a_collective_across_them():
     assert read_program(text).collectives == {Collective("all-reduce", (), True, across=True): 1024}
 
 
+def test_an_exchange_that_rides_along_with_computing_counts_once_where_it_is_started():
+    gather = (
+        "%x = bf16[16,8]{1,0} parameter(0)\n  %g = bf16[64,8]{1,0} all-gather(%x), channel_id=3, "
+        'replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="3"}'
+    )
+    started = f'{gather}\n  ROOT %s = u32[] custom-call(%g), custom_call_target="AsyncCollectiveStart"'
+    before = f"%started (x: bf16[16,8]) -> u32[] {{\n  {started}\n}}\n\n" + "".join(
+        f"%{name} (x: bf16[16,8]) -> bf16[64,8] {{\n  {gather}\n}}\n\n" for name in ("carried", "ended")
+    )
+    fusions = [
+        f"%f{i} = f32[8]{{0}} fusion(%x), kind=kLoop, calls=%{name}"
+        for i, name in enumerate(("started", "carried", "carried", "ended"))
+    ]
+    program = read_program(module("%x = bf16[16,8]{1,0} parameter(0)", *fusions, before=before))
+    assert program.collectives == {Collective("all-gather", (0, 1, 2, 3), True): 1024}
+
+
 def test_buffers_are_the_arrays_in_main_memory_that_are_not_within_a_fusion():
     before = f"%fused (p: f32[8]) -> f32[8] {{\n  {DOT}\n}}\n"
     text = module(

@@ -126,6 +126,8 @@ def test_a_stage_takes_the_mesh_of_the_run_unless_it_has_its_own(tmp_path):
         ("run.eval_rows", 0, "run: eval_rows=0 must be at least 1"),
         ("run.log_every", 0, "run: log_every=0 must be at least 1"),
         ("run.loss_chunks", 0, "run: loss_chunks=0 must be at least 1"),
+        ("run.compiler_options", {"v4-8": {}}, "run: compiler_options='v4-8' is not one of tpu, gpu, v4, "),
+        ("run.compiler_options.tpu", {"xla_a": True}, "run.compiler_options.tpu.xla_a=True must be of type str"),
         ("model", 3, "model must be a table"),
         ("model.rope", 3, "model.rope must be a table"),
         ("model", {"preset": "llama3.1-8b", "rope": 3}, "model.rope must be a table"),

@@ -110,6 +110,11 @@ CASES = {
         [],
         "run was begun with name='tiny', and now it is 'other'; set it back, or give another --run",
     ),
+    "compiler-option": (
+        nothing,
+        ['run.compiler_options={tpu={xla_of_a_tpu="1"}, cpu={xla_nothing="1"}}'],
+        "No such compile option: 'xla_nothing' .*compiler_options",
+    ),
     "shard": (
         a_corrupt_shard,
         [],

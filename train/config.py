@@ -18,6 +18,7 @@ from typing import Any
 
 from llama_jax.config import PRESETS, LlamaConfig, set_field
 from llama_jax.schemes import Scheme, find_scheme
+from llama_jax.slices import CHIPS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -217,7 +218,8 @@ class RunConfig:
     quantize: the scheme by which every product rounds its weights while their float32 form is trained ("" for none),
     of those that inference has. loss_chunks: into how many parts of the vocabulary the loss takes its logits.
     micro_batch_tokens: the most tokens that a device takes at a time, 0 for its share of the whole batch; gradients
-    of the parts are added up in float32.
+    of the parts are added up in float32. compiler_options: XLA's for the step, by platform
+    (tpu, gpu, cpu) or by chip (v5p), whose go before its platform's.
     """
 
     seed: int = 0
@@ -227,6 +229,7 @@ class RunConfig:
     remat: str = "full"
     loss_chunks: int = 1
     micro_batch_tokens: int = 0
+    compiler_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     log_every: int = 10
     eval_every: int = 200
     eval_rows: int = 32
@@ -247,6 +250,8 @@ class RunConfig:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         if self.micro_batch_tokens < 0:
             raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens} must be at least 0, which sets no bound")
+        for where in self.compiler_options:
+            _check_choice("compiler_options", where, "tpu", "gpu", *CHIPS)
 
     @property
     def scheme(self) -> Scheme | None:

@@ -24,6 +24,7 @@ from llama_jax.mesh import ShardingRules
 from llama_jax.model import Llama
 from llama_jax.peers import Peers, slow_processes
 from llama_jax.rounding import rounded_in_training
+from llama_jax.slices import chip_kind
 from llama_jax.tokenizer import load_tokenizer
 from train.checkpoints import Checkpoints, Progress, read_progress, resumed_state, saved_steps, write_progress
 from train.config import PhaseConfig, TrainConfig
@@ -64,7 +65,13 @@ def jit_step(
     how = {"remat": run.remat, "num_chunks": run.loss_chunks, "z_loss": config.optimizer.z_loss}
     dtype = jnp.dtype(run.compute_dtype)
     step = functools.partial(train_step, optimizer, dtype, num_parts=num_parts, scheme=run.scheme, **how)
-    return jax.jit(step, donate_argnums=0)
+    device = get_mesh().devices.flat[0]
+    options = {
+        name: value
+        for where in (device.platform, chip_kind(device))
+        for name, value in run.compiler_options.get(where, {}).items()
+    }
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 class Stage:
