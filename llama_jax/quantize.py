@@ -163,9 +163,12 @@ def _multiply(how: _Product, x: Array, weight: QuantizedArray, *, forward: bool)
     num_inputs = len(how.inputs)
     if weight.order is not None:
         x = _in_order(x, weight.order, num_inputs, how.x_spec)
-    scale = None
-    if forward and weight.rest.inputs is not None:
-        x, scale = narrow.round_inputs(x, num_inputs, weight.rest.inputs, weight.rest.bound)
+    scale, rest = None, weight.rest
+    if forward and rest.inputs is not None:
+        if rest.scale is None:
+            x, scale = narrow.round_inputs(x, num_inputs, rest.inputs, rest.bound)
+        else:
+            x, scale = narrow.round_inputs_alike(x, rest.inputs, rest.scale, rest.zero), jnp.float32(rest.scale)
     weight_specs = how.weight_specs(weight)
     weight = jax.tree.map(
         reshard, QuantizedArray(weight.values, weight.scales, weight.zeros, None, weight.rest), weight_specs
@@ -183,7 +186,7 @@ def _multiply(how: _Product, x: Array, weight: QuantizedArray, *, forward: bool)
         out = out.astype(how.out_dtype)
         return jax.lax.psum(out, split_inputs) if split_inputs else out
 
-    scale_spec = None if scale is None else PartitionSpec(*how.x_spec[:2])
+    scale_spec = None if scale is None else PartitionSpec(*how.x_spec[: scale.ndim])
     run = jax.shard_map(local, in_specs=(how.x_spec, scale_spec, weight_specs), out_specs=how.out_spec)
     return run(x, scale, weight)
 

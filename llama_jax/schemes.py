@@ -14,12 +14,15 @@ class Quantization(NamedTuple):
     """What the arrays of a quantized weight do not say.
 
     code: None (linear) or "nf4". inputs: None (activations as they are), "int8" or "float8_e4m3fn" (each token's
-    rounded, scaled by its largest value, which is taken as at most bound).
+    rounded, scaled by its largest value, which is taken as at most bound; or where a scale is given all alike, to
+    values that stand for (value - zero) * scale).
     """
 
     code: str | None = None
     inputs: str | None = None
     bound: float = math.inf
+    scale: float | None = None
+    zero: int = 0
 
 
 # The weights of products, each with its dimensions that are inputs. The embedding, the head and the norms stay float.

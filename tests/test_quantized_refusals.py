@@ -174,6 +174,11 @@ COMPRESSED_REFUSALS = {
     "short zero points": ("int4-asym", put("weight_zero_point", lambda z: z[1:]), f"tensor {Q}.weight_zero_point"),
     "short scales": ("int8", put("weight_scale", lambda s: s[1:]), "fit none of config_groups"),
     "no values": ("int8-a8", lambda t, d: t.pop(f"{Q}.weight"), f"tensor {Q}.weight is missing"),
+    "stored scales of activations": (
+        "int8-a8",
+        lambda t, d: d["config_groups"]["group_0"]["input_activations"].update(dynamic=False, strategy="tensor"),
+        "input_scale is missing",
+    ),
     "another format": ("int8", say(format="marlin-24"), "format='marlin-24' is not supported"),
     "no groups": ("int8", say(config_groups=[]), "an object of objects was expected"),
     "FP8 without scales": ("fbgemm", lambda t, d: t.pop(f"{Q}.weight_scale"), f"tensor {Q}.weight_scale is missing"),

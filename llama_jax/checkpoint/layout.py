@@ -141,7 +141,7 @@ def _kept(cfg: LlamaConfig, path: Any, abstract: jax.ShapeDtypeStruct, source: K
     ]
     if form.has_zeros:
         leaves.append(_Leaf(cfg, name, by_group, np.dtype(np.int8), part="zeros"))
-    leaves[0].rest = Quantization(form.code, form.inputs, form.bound)
+    leaves[0].rest = form.rest
     return leaves
 
 

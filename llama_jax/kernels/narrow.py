@@ -88,6 +88,18 @@ def round_inputs(x: Array, num_inputs: int, dtype: DTypeLike, bound: float) -> t
     return rounded(x, dtype), jnp.squeeze(scale, tuple(range(2, scale.ndim)))
 
 
+def round_inputs_alike(x: Array, dtype: DTypeLike, scale: float, zero: int) -> Array:
+    """Activations in a narrow dtype by a scale that is known before, still to be multiplied by it.
+
+    Where a zero point takes whole numbers beyond that dtype they have the one of x, which holds them up to 256.
+    """
+    low, high = limits(dtype)
+    values = x.astype(jnp.float32) / scale
+    if zero:
+        return (jnp.clip(jnp.round(values + zero), low, high) - zero).astype(x.dtype)
+    return rounded(jnp.clip(values, low, high), dtype)
+
+
 def limits(dtype: DTypeLike) -> tuple[float, float]:
     """The least and the largest value of a narrow dtype."""
     info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype)

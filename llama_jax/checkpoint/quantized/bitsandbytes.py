@@ -27,6 +27,7 @@ from llama_jax.checkpoint.quantized.packed import (
     setting,
 )
 from llama_jax.checkpoint.source import Source
+from llama_jax.schemes import Quantization
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
@@ -89,7 +90,7 @@ class _FourBits:
         """NF4, if its blocks begin with rows."""
         if self.shape[1] % self._block or not np.array_equal(self._levels, NF4):
             return None
-        return Narrow(np.dtype(ml_dtypes.int4), self._block, np.dtype(np.float32), code="nf4")
+        return Narrow(np.dtype(ml_dtypes.int4), self._block, np.dtype(np.float32), rest=Quantization("nf4"))
 
     def scales(self, rows: slice, groups: slice) -> np.ndarray:
         """Of blocks of rows, where they begin with rows."""

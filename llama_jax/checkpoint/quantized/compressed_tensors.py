@@ -7,6 +7,7 @@ or [1], and perhaps `X.weight_zero_point` (packed along out) and `X.weight_g_idx
 files say of weights is what their tensors are; the description must agree, and says how activations are rounded.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from llama_jax.checkpoint.quantized.packed import (
     words_of,
 )
 from llama_jax.checkpoint.source import Source
+from llama_jax.schemes import Quantization
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _INTEGERS = ("int32", "int64")
@@ -72,19 +74,42 @@ def _parse_scheme(weights: Any) -> _Scheme:
     return _Scheme(bits, _DTYPES[kind], 0 if strategy == "tensor" else size, bool(weights.get("symmetric", True)))
 
 
-def _parse_inputs(inputs: Any) -> str | None:
-    """The dtype of activations that are rounded a token at a time. Those with stored scales stay as they are."""
+class _Inputs(NamedTuple):
+    """How activations are rounded: dtype None is not at all; is_stored: by scales beside the weights, else by token."""
+
+    dtype: str | None = None
+    is_stored: bool = False
+
+
+def _parse_inputs(inputs: Any) -> _Inputs:
+    """Activations that are rounded in another way than these stay as they are."""
     if inputs is None:
-        return None
+        return _Inputs()
     if not isinstance(inputs, dict):
         raise ValueError(f"input_activations={inputs!r:.80}; an object was expected")
     setting(inputs, "num_bits", 8, (8,))
     dtype = _DTYPES[setting(inputs, "type", "int", tuple(_DTYPES))]
-    per_token = inputs.get("dynamic") is True and inputs.get("strategy") == "token" and inputs.get("symmetric", True)
-    return dtype if per_token else None
+    dynamic, strategy = inputs.get("dynamic", False), inputs.get("strategy", "tensor")
+    if dynamic is False and strategy == "tensor":
+        return _Inputs(dtype, is_stored=True)
+    per_token = dynamic is True and strategy == "token" and inputs.get("symmetric", True)
+    return _Inputs(dtype) if per_token else _Inputs()
 
 
-def _weight(stored: Source, module: str, schemes: list[_Scheme], inputs: str | None) -> GroupedWeight:
+def _rounding(stored: Source, module: str, inputs: _Inputs) -> Quantization:
+    """How the activations that a module multiplies are rounded. Raises ValueError for a scale that cannot be one."""
+    if not inputs.is_stored:
+        return Quantization(inputs=inputs.dtype)
+    name, zero_name = f"{module}.input_scale", f"{module}.input_zero_point"
+    scale, zero = stored.read(expect(stored, name, (1,))).item(), 0
+    if not 0 < scale < math.inf:
+        raise ValueError(f"tensor {name} is {scale}; a positive number was expected")
+    if zero_name in stored.tensors and inputs.dtype == "int8":
+        zero = int(stored.read(expect(stored, zero_name, (1,), ["int8"])).item())
+    return Quantization(inputs=inputs.dtype, scale=float(scale), zero=zero)
+
+
+def _weight(stored: Source, module: str, schemes: list[_Scheme], inputs: _Inputs) -> GroupedWeight:
     scale, zero, g_idx = (f"{module}.weight_{part}" for part in ("scale", "zero_point", "g_idx"))
     is_packed = f"{module}.weight_packed" in stored.tensors
     shape, bits, dtype, parts, values = (_packed if is_packed else _plain)(stored, module)
@@ -109,7 +134,7 @@ def _weight(stored: Source, module: str, schemes: list[_Scheme], inputs: str | N
     def scales(rows: slice, groups: slice) -> np.ndarray:
         return stored.read(scale).reshape(1, 1) if one_for_all else stored.read(scale, (rows, groups))
 
-    return GroupedWeight(shape, parts, bits, size, values, scales, zeros, order, inputs=inputs)
+    return GroupedWeight(shape, parts, bits, size, values, scales, zeros, order, _rounding(stored, module, inputs))
 
 
 def _scale_shape(stored: Source, name: str, scheme: _Scheme, shape: tuple[int, int]) -> int | None:

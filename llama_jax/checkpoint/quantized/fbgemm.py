@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_jax.checkpoint.quantized.packed import GroupedWeight, PackedWeight, expect, matrix_shape
 from llama_jax.checkpoint.source import Source
+from llama_jax.schemes import Quantization
 
 FLOAT8 = "float8_e4m3fn"
 
@@ -40,6 +41,5 @@ def float8_rows(stored: Source, name: str, scale: str, *, bound: float) -> Group
         group=columns,
         values=lambda *index: stored.read(name, index),
         scales=lambda *index: stored.read(scale, index),
-        inputs=FLOAT8,
-        bound=bound,
+        rest=Quantization(inputs=FLOAT8, bound=bound),
     )

@@ -14,6 +14,7 @@ from llama_jax.checkpoint.quantized import QuantizedSource
 from llama_jax.checkpoint.quantized.packed import FLOATS, GroupedWeight
 from llama_jax.checkpoint.source import Source
 from llama_jax.config import LlamaConfig
+from llama_jax.schemes import Quantization
 
 _BOUND = 1200.0  # of activations, fp8_activation_scale_ub in Meta's code
 _FLOAT8 = "float8_e4m3fn"
@@ -59,6 +60,5 @@ def _weight(source: Source, name: str, files: list[PthFile]) -> GroupedWeight:
         group=columns if dim == 0 else size,
         values=lambda *index: source.read(name, index),
         scales=lambda *index: scales[index],
-        inputs=_FLOAT8,
-        bound=_BOUND,
+        rest=Quantization(inputs=_FLOAT8, bound=_BOUND),
     )

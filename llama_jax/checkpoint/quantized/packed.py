@@ -4,7 +4,6 @@ A weight is a matrix [out, in]. The one invariant: whatever way a format lays it
 is the slice of `dequantize`, computed in float32 from exactly the numbers that the file stores.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.checkpoint.source import Source
+from llama_jax.schemes import Quantization
 
 # The 16 levels of NF4 (QLoRA, arXiv 2305.14314, appendix E).
 NF4 = np.array(
@@ -85,18 +85,13 @@ class Packed(NamedTuple):
 
 
 class Narrow(NamedTuple):
-    """How the model itself can hold a packed weight: values of dtype, a scale for `group` columns of a row.
-
-    code: "nf4" for NF4's levels, None where values are numbers.
-    """
+    """How the model itself can hold a packed weight: values of dtype, a scale for `group` columns of a row."""
 
     dtype: np.dtype
     group: int
     scale_dtype: np.dtype
     has_zeros: bool = False
-    code: str | None = None
-    inputs: str | None = None
-    bound: float = math.inf
+    rest: Quantization = Quantization()
 
 
 class PackedWeight(Protocol):
@@ -134,8 +129,7 @@ class GroupedWeight:
     """A PackedWeight whose scales each stand for `group` columns of a row.
 
     values gives a slice of the matrix; scales and zeros give one of [out, in / group]. order int [in], where there is
-    one, says the group of each column. inputs: None, or the dtype to which its publisher rounds the activations, each
-    token by its largest value, taken as at most bound.
+    one, says the group of each column. rest: how its publisher rounds the activations.
     """
 
     shape: tuple[int, int]
@@ -146,8 +140,7 @@ class GroupedWeight:
     scales: Reader
     zeros: Reader | None = None
     order: np.ndarray | None = None
-    inputs: str | None = None
-    bound: float = math.inf
+    rest: Quantization = Quantization()
 
     @property
     def narrow(self) -> Narrow | None:
@@ -161,7 +154,7 @@ class GroupedWeight:
         if found == np.uint8 and not has_zeros:
             return None
         scale_dtype = self.scales(one, one).dtype
-        return Narrow(dtype, self.group, scale_dtype, has_zeros, inputs=self.inputs, bound=self.bound)
+        return Narrow(dtype, self.group, scale_dtype, has_zeros, self.rest)
 
     def read(self, rows: slice, columns: slice) -> Packed:
         """The slice."""
