@@ -30,6 +30,7 @@ from llama_jax.model import Llama
 from llama_jax.plan import Plan, Terms, capacity, check_directory, gib, plan, rows, sources, table, try_each
 from llama_jax.program import Buffer
 from llama_jax.slices import Slice, all_slices, open_slice, parse_slice, smallest_slice, use_slice
+from llama_jax.tree import leaf_name
 
 _NUM_BEST = 5
 
@@ -211,8 +212,7 @@ def model_terms(model: Llama, caches: Any) -> Terms:
     """What the arrays of both programs are in terms of the model, known by how many values a device holds of them."""
     names: dict[int, str] = {math.prod(caches[0].k.sharding.shard_shape(caches[0].k.shape)): "a layer's keys or values"}
     for path, leaf in jax.tree.leaves_with_path(model):
-        name = jax.tree_util.keystr(path, simple=True, separator=".").replace(".value", "", 1)
-        parts = ["layers" if part.isdecimal() else part for part in name.split(".")]
+        parts = ["layers" if part.isdecimal() else part for part in leaf_name(path).split(".")]
         names.setdefault(math.prod(leaf.sharding.shard_shape(leaf.shape)), f"a weight {'.'.join(dict.fromkeys(parts))}")
 
     def terms(buffer: Buffer) -> str | None:

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from llama_jax.model import Block, Llama
 from llama_jax.quantize import QuantizedArray, einsum
 from llama_jax.schemes import INPUT_DIMS
+from llama_jax.tree import leaf_name
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +102,7 @@ def with_fresh_adapter(model: Llama, key: Array, *, rank: int, name: str = "defa
     num_leading = int(isinstance(model.layers, Block))
 
     def at(path: Any, base: Any) -> Any:
-        module = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        module = leaf_name(path)
         dims = INPUT_DIMS.get(module.rpartition(".")[2])
         if dims is None:
             return base

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from llama_jax.kernels.narrow import NF4, in_blocks, limits, out_of_blocks, round_inputs, rounded
 from llama_jax.quantize import QuantizedArray, block_spec, einsum
 from llama_jax.schemes import INPUT_DIMS, Scheme
+from llama_jax.tree import leaf_name
 
 Model = TypeVar("Model")
 
@@ -27,7 +28,7 @@ def quantize_model(model: Model, scheme: Scheme | None, num_layers: int) -> Mode
     """A model, or an abstract one inside jax.eval_shape, with the weights that a scheme covers rounded to nearest."""
 
     def at(path: Any, weight: Array) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = leaf_name(path)
         return quantize_weight(weight, name, scheme) if scheme and scheme.covers(name, num_layers) else weight
 
     return jax.tree.map_with_path(at, model)
@@ -35,7 +36,7 @@ def quantize_model(model: Model, scheme: Scheme | None, num_layers: int) -> Mode
 
 def quantize_weight(weight: Array, path: str, scheme: Scheme) -> QuantizedArray:
     """The weight at a path in the model, by a scheme that covers it, compiled once for each shape."""
-    return _quantized(weight, scheme, INPUT_DIMS[path.removesuffix(".value").rpartition(".")[2]])
+    return _quantized(weight, scheme, INPUT_DIMS[path.rpartition(".")[2]])
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +88,7 @@ def rounded_in_training(model: Model, scheme: Scheme | None, num_layers: int) ->
         return model
 
     def at(path: Any, weight: Array) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        name = leaf_name(path)
         covered = scheme.covers(name, num_layers)
         return RoundedWeight(weight, scheme, INPUT_DIMS[name.rpartition(".")[2]]) if covered else weight
 

@@ -57,7 +57,7 @@ class Scheme:
 
         Raises ValueError for stacked layers that are not all quantized alike.
         """
-        name = path.removesuffix(".value").rpartition(".")[2]
+        name = path.rpartition(".")[2]
         if name not in INPUT_DIMS or not self.inner_mlp_only:
             return name in INPUT_DIMS
         layer = path.split(".")[1]

@@ -15,7 +15,7 @@ PACKAGES = ("llama_jax", "train", "infer")
 FLOORS = (
     tuple(
         "config mesh paths gguf gguf_tokenizer tokenizer template chat progress slices program devices peers "
-        "entry".split()
+        "entry tree".split()
     ),
     ("rope", "quantize", "schemes", "rounding", "kernels", "remat"),
     ("attention", "cache"),

@@ -17,6 +17,7 @@ from llama_jax.mesh import use_mesh
 from llama_jax.model import Llama
 from llama_jax.quantize import QuantizedArray
 from llama_jax.schemes import find_scheme
+from llama_jax.tree import leaf_name
 from tests.tiny import TINY
 
 CFG = dataclasses.replace(TINY, embed_dim=128, mlp_dim=256)
@@ -88,7 +89,7 @@ def test_fp8_leaves_attention_and_the_first_and_the_last_layer_as_they_are(check
     with use_mesh("data=1"):
         model = llama_jax.load(checkpoint, quantize="fp8", layout="layers")
         narrow = [
-            jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+            leaf_name(path)
             for path, leaf in jax.tree.leaves_with_path(model, is_leaf=is_quantized)
             if is_quantized(leaf)
         ]

@@ -15,6 +15,7 @@ import optax
 from jax import Array
 
 from llama_jax.checkpoint.names import stored_weights
+from llama_jax.tree import leaf_name
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
@@ -32,7 +33,7 @@ def scale_by_muon(b1: float, b2: float, eps: float) -> Any:
         updates, state = adam.update(grads, state, params)
 
         def choose(path, update: Array, grad: Array, mu: Array) -> Array:
-            (stored, *_), _ = stored_weights(jax.tree_util.keystr(path, simple=True, separator="."), 1)
+            (stored, *_), _ = stored_weights(leaf_name(path), 1)
             if stored.num_leading == 0:
                 return update
             return orthogonalized(b1 * mu + (1 - b1) * grad, stored.num_leading, eps)

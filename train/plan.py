@@ -25,6 +25,7 @@ from llama_jax.model import Llama, padded_vocab
 from llama_jax.plan import Plan, Terms, check_directory, gib, plan, rank, rows, sources, summary, table, try_each
 from llama_jax.program import Buffer
 from llama_jax.slices import GIB, Slice, all_slices, parse_slice, use_slice
+from llama_jax.tree import leaf_name
 from train.checkpoints import initial_state
 from train.config import PhaseConfig, TrainConfig
 from train.data.packing import Batch
@@ -170,7 +171,7 @@ def model_terms(config: TrainConfig, stage: str, phase: PhaseConfig, params: Lla
         names.setdefault(count, f"{name} of a layer")
         names.setdefault(cfg.num_layers * count, f"{name}, saved of every layer")
     for path, leaf in jax.tree.leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        name = leaf_name(path)
         held = math.prod(leaf.sharding.shard_shape(leaf.shape))
         names.setdefault(held, name)
         names.setdefault(held * shards, f"{name}, gathered")

@@ -33,6 +33,7 @@ from llama_jax.model import Block, RMSNorm
 from llama_jax.quantize import einsum
 from llama_jax.rope import rope_angles
 from llama_jax.schemes import Quantization, Scheme
+from llama_jax.tree import leaf_name
 
 _FOLDS = {"awq": awq, "smoothquant": smoothquant}
 
@@ -237,8 +238,7 @@ def _block(cfg: LlamaConfig, layer: Layer) -> Block:
 
 def _stored(path: Any) -> StoredWeight:
     """How the weight at a path in a layer is stored."""
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return stored_weights(f"layers.0.{name}", 1)[0][0]
+    return stored_weights(f"layers.0.{leaf_name(path)}", 1)[0][0]
 
 
 def _within(name: str) -> str:

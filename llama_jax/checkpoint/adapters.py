@@ -24,6 +24,7 @@ from llama_jax.lora import AdaptedWeight
 from llama_jax.model import Llama
 from llama_jax.paths import as_path
 from llama_jax.quantize import QuantizedArray
+from llama_jax.tree import leaf_name
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -114,7 +115,7 @@ def load_adapters(model: Llama, adapters: Mapping[str, str | Path]) -> Llama:
     leaves, tree = jax.tree.flatten_with_path(model, is_leaf=_is_quantized)
     dtype, names, adapted = model.embedding.dtype, set[str](), []
     for path, leaf in leaves:
-        weights, stacked = stored_weights(jax.tree_util.keystr(path, simple=True, separator="."), model.cfg.num_layers)
+        weights, stacked = stored_weights(leaf_name(path), model.cfg.num_layers)
         if stacked:
             raise ValueError('adapters are for a model of layout="layers"')
         stored = weights[0]

@@ -31,6 +31,7 @@ from llama_jax.progress import progress
 from llama_jax.quantize import QuantizedArray, block_spec
 from llama_jax.rounding import num_blocks, quantize_weight
 from llama_jax.schemes import INPUT_DIMS, Quantization, Scheme
+from llama_jax.tree import leaf_name
 
 # Buffers that old exporters wrote beside the weights; they follow from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -120,7 +121,7 @@ def _plan(
 
 def _kept(cfg: LlamaConfig, path: Any, abstract: jax.ShapeDtypeStruct, source: KeptSource) -> "list[_Leaf] | None":
     """What is read to hold a weight in few bits as it is stored; None where model or mesh do not let it."""
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = leaf_name(path)
     weights, stacked = stored_weights(name, cfg.num_layers)
     forms = {source.forms.get(weight.name) for weight in weights}
     form = forms.pop()
@@ -128,7 +129,7 @@ def _kept(cfg: LlamaConfig, path: Any, abstract: jax.ShapeDtypeStruct, source: K
         return None
     whole, spec = abstract.shape[stacked:], abstract.sharding.spec
     try:
-        counts = num_blocks(whole, form.group, INPUT_DIMS[name.removesuffix(".value").rpartition(".")[2]])
+        counts = num_blocks(whole, form.group, INPUT_DIMS[name.rpartition(".")[2]])
         split = PartitionSpec(*spec[:stacked], *block_spec(counts, spec[stacked:]))
     except (KeyError, ValueError):  # the embedding, or groups that the mesh or a head divides
         return None
@@ -149,7 +150,7 @@ def _leaves(
     cfg: LlamaConfig, path: Any, abstract: jax.ShapeDtypeStruct, dtype: np.dtype, scheme: Scheme | None
 ) -> "list[_Leaf]":
     """What is read to fill a leaf of the model: it, or where it stacks what is to be quantized each layer's part."""
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = leaf_name(path)
     if scheme is None or not scheme.covers(name, cfg.num_layers):
         return [_Leaf(cfg, name, abstract, dtype)]
     if not stored_weights(name, cfg.num_layers)[1]:
@@ -336,9 +337,7 @@ class ModelSource:
                     "a model that was quantized when it was loaded is not written; "
                     "quantize the files: python -m llama_jax.convert SRC DST --quantize ..."
                 )
-            weights, stacked = stored_weights(
-                jax.tree_util.keystr(path, simple=True, separator="."), model.cfg.num_layers
-            )
+            weights, stacked = stored_weights(leaf_name(path), model.cfg.num_layers)
             for i, weight in enumerate(weights):
                 self._weights[weight.name] = (leaf, i if stacked else None, weight)
         shapes = canonical_shapes(model.cfg)

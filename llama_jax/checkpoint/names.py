@@ -71,7 +71,6 @@ def stored_weights(path: str, num_layers: int) -> tuple[list[StoredWeight], bool
     "layers.attention.wq" is stacked: one stored weight a layer; "layers.3.attention.wq" and
     "embedding" are one. Returns the stored weights and whether the model's array stacks them.
     """
-    path = path.removesuffix(".value")
     if not path.startswith("layers."):
         return [_MODEL[path]], False
     first, _, rest = path.removeprefix("layers.").partition(".")

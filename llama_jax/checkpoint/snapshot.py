@@ -20,6 +20,7 @@ from llama_jax.checkpoint.orbax import Box, TreeWriter, chunk_shape, finish_tree
 from llama_jax.checkpoint.source import TensorSpec
 from llama_jax.checkpoint.together import write_together
 from llama_jax.model import Llama
+from llama_jax.tree import leaf_name
 
 _NUM_THREADS = 4  # to copy; one alone does not fill the memory's bandwidth
 
@@ -36,9 +37,7 @@ class Snapshot:
         self.chunks: dict[str, list[int]] = {}
         self._weights, shards = [], []
         for path, leaf in jax.tree.leaves_with_path(model):
-            weights, stacked = stored_weights(
-                jax.tree_util.keystr(path, simple=True, separator="."), model.cfg.num_layers
-            )
+            weights, stacked = stored_weights(leaf_name(path), model.cfg.num_layers)
             indices = leaf.sharding.devices_indices_map(leaf.shape).values()
             boxes = [_bounds(index, leaf.shape)[stacked:] for index in indices]
             stored, weight = shapes[weights[0].name], weights[0]
