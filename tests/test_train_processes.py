@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT, free_address
-from tests.test_train import assert_same_weights, weights
+from tests.test_train import assert_same_weights, run, weights
 from tests.test_train import workdir as workdir
 from train.checkpoints import newest_whole
 from train.faults.interruption import EXIT_PREEMPTED
@@ -89,6 +90,8 @@ def test_sigterm_to_one_of_two_saves_one_step_in_both_and_ends_with_its_status(w
     first = processes[0].stderr
     assert first is not None
     assert any("step 20/" in line for line in first)
+    with pytest.raises(OSError, match=f"process {processes[0].pid} on {socket.gethostname()} trains in .*/two; wait"):
+        run("1", "--run-dir", "two")
     processes[1].send_signal(signal.SIGTERM)
     ends = ended(processes)
     assert [status for status, _ in ends] == [EXIT_PREEMPTED] * 2, ends

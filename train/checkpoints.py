@@ -33,6 +33,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.entry import say
 from llama_jax.model import Llama
 from llama_jax.paths import remove_directory, staged_file
+from train.lock import RunLock
 from train.optimizer import Optimizer, TrainState
 
 STATE_FILE = "state.json"
@@ -68,9 +69,9 @@ class Checkpoints:
     Every process of the run makes the same calls; each writes what its devices hold.
     """
 
-    def __init__(self, run_dir: Path, cfg: LlamaConfig, *, keep: int):
-        """keep: how many of the newest stay, beside the last of every stage."""
-        self.run_dir, self.cfg, self.keep = run_dir, cfg, keep
+    def __init__(self, run_dir: Path, cfg: LlamaConfig, *, keep: int, lock: RunLock | None = None):
+        """keep: how many of the newest stay, beside the last of every stage. lock: looked at before each is written."""
+        self.run_dir, self.cfg, self.keep, self._lock = run_dir, cfg, keep, lock
         self._newest = json.loads(together("newest", lambda: json.dumps(saved_steps(run_dir)[-1:]))[0])
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
@@ -80,9 +81,11 @@ class Checkpoints:
 
         Returns when the state is on the host, so that the next step may take its memory. average: keep the
         mean of the stage's checkpoints, too; what is returned counts them. Raises OSError if the
-        last one could not be written.
+        last one could not be written, or the run directory is no longer where it was.
         """
         self.wait()
+        if self._lock is not None:
+            self._lock.check()
         if [progress.step] == self._newest:
             write_progress(self.run_dir, progress)
             return progress

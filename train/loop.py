@@ -35,6 +35,7 @@ from train.evaluation import losses_by_source
 from train.extension import Extension
 from train.faults.interruption import Interruption
 from train.faults.watchdog import Watchdog
+from train.lock import RunLock
 from train.optimizer import (
     Optimizer,
     StepMetrics,
@@ -99,13 +100,14 @@ class Stage:
         *,
         record: Mapping[str, Any],
         peers: Peers,
+        lock: RunLock,
         profile: bool = False,
     ) -> None:
         """Run the stage to its end, saving as it goes; profile: with a trace of a few steps in the run directory.
 
         A signal saves the step it comes in and ends the run as `Interruption.leave` does. Raises ValueError for
         a gate that stays shut and for a loss that does not come back, OSError for a checkpoint that
-        cannot be written.
+        cannot be written, or would be into a directory that is not the one of lock.
         """
         run, first = self.config.run, peers.process == 0
         with contextlib.ExitStack() as stack:
@@ -120,7 +122,7 @@ class Stage:
             self.peers, self.stop = peers, stack.enter_context(Interruption(peers))
             watchdog = Watchdog(run.watchdog_seconds, peers, run_dir=self.run_dir)
             self.watchdog = stack.enter_context(watchdog)
-            self.checkpoints = Checkpoints(self.run_dir, self.model, keep=run.keep_checkpoints)
+            self.checkpoints = Checkpoints(self.run_dir, self.model, keep=run.keep_checkpoints, lock=lock)
             self._train(state, progress)
 
     def _train(self, state: TrainState, progress: Progress) -> None:

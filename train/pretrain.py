@@ -38,12 +38,14 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
     profile: leave a trace of a few steps in RUN_DIR/profile.
 
     Every process of the run calls it. Raises ValueError if the config has no such stage, if the stage before it
-    is not done, if the run already has this stage and did not begin it from init, or if the run is another.
+    is not done, if the run already has this stage and did not begin it from init, or if the run is another; OSError
+    if another process trains in run_dir.
     """
     # These import jax, which --help need not wait for.
     from llama_jax.checkpoint.formats import open_checkpoint
     from llama_jax.checkpoint.together import together
     from llama_jax.peers import Peers
+    from train.lock import RunLock
     from train.loop import Stage
     from train.optimizer import make_optimizer
 
@@ -51,7 +53,7 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
         raise ValueError(f"config {config.name} has no stage {stage!r}; it has {', '.join(config.stage)}")
     use_compilation_cache()
     open_devices()
-    with Peers() as peers:
+    with Peers() as peers, RunLock(run_dir) as lock:
         start = starting_point(config, stage, run_dir, init)
         saved = run_dir / "checkpoints" / str(start.step) if start.step else None
         if start.stage_done:
@@ -71,7 +73,7 @@ def pretrain(config: TrainConfig, stage: str, run_dir: Path, init: str | None = 
             job = Stage(config, stage, run_dir, optimizer, rope_before=rope)
             start = dataclasses.replace(start, run_id=record["run_id"])
             state = _state(job, start, run_dir, source)
-            job.train(state, start, record=record, peers=peers, profile=profile)
+            job.train(state, start, record=record, peers=peers, lock=lock, profile=profile)
 
 
 def with_rope_of(config: TrainConfig, stage: str, source: str | Path | None) -> TrainConfig:
