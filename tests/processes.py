@@ -1,10 +1,12 @@
-"""Python processes of their own, for tests of several processes and of what a fresh one does."""
+"""Python processes of their own, for tests of several processes and of what a fresh one does; waiting for them."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -15,6 +17,14 @@ def free_address() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return f"localhost:{free.getsockname()[1]}"
+
+
+def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
+    """Wait until something is so; a machine with other work has long to make it so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
 
 
 def start_python(code: str, *args) -> subprocess.Popen:

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -22,6 +21,7 @@ from llama_jax import devices
 from llama_jax.config import PRESETS, RopeConfig, set_field
 from llama_jax.devices import describe_run, device_holders, num_processes, open_devices, tpu_files
 from llama_jax.mesh import inference_mesh_spec, make_mesh
+from tests.processes import until
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -186,11 +186,15 @@ def test_half_of_a_run_of_several_processes_is_an_error(environ, message):
         num_processes(environ, on_tpu=False)
 
 
+def no_timer_runs() -> bool:
+    return not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+
+
 @pytest.fixture
 def slow(monkeypatch, any_platform):
-    """A device query that takes half a second, and a connection to other processes that is only written down."""
+    """A device query that takes longer than patience, and a connection to other processes that is only written down."""
     found, connected = jax.devices(), []
-    monkeypatch.setattr(jax, "devices", lambda: time.sleep(0.5) or found)
+    monkeypatch.setattr(jax, "devices", lambda: until(no_timer_runs) or found)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **how: connected.append(how))
     return connected
 
@@ -226,8 +230,8 @@ def test_a_coordinator_that_is_absent_is_an_error_that_names_it(tmp_path, any_pl
 
 
 def test_devices_that_answer_in_time_say_nothing(tmp_path, any_platform, capsys):
-    open_devices(tmp_path, {}, patience=0.3)
-    time.sleep(0.4)
+    open_devices(tmp_path, {}, patience=120)
+    until(no_timer_runs)
     assert capsys.readouterr().err == ""
 
 

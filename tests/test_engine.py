@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import time
 
 import jax
 import jax.numpy as jnp
@@ -231,8 +232,10 @@ def test_the_first_token_comes_after_compiling_and_prefill_of_the_first_batch(od
     engine.generate([[1, 2], [3] * 40], SamplingParams(max_new_tokens=20))
     measured = engine.throughput
     assert 0 < measured.first_token_seconds < measured.compile_seconds + measured.prefill_seconds
+    began = time.perf_counter()
     engine.generate([1, 2], SamplingParams(max_new_tokens=20))
-    assert engine.throughput.first_token_seconds == pytest.approx(engine.throughput.prefill_seconds, abs=0.05)
+    measured, seconds = engine.throughput, time.perf_counter() - began
+    assert 0 < measured.prefill_seconds <= measured.first_token_seconds < seconds - measured.decode_seconds
 
 
 def test_where_memory_is_short_a_shorter_context_is_served_and_the_youngest_waits(odd_engine, capsys):

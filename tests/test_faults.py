@@ -14,7 +14,7 @@ from typing import cast
 import pytest
 
 from llama_jax.peers import EXIT_PEER_LOST, Peers, slow_processes
-from tests.processes import ROOT, free_address
+from tests.processes import ROOT, free_address, until
 from train.faults.interruption import EXIT_PREEMPTED, Interruption
 from train.faults.watchdog import EXIT_HUNG, Watchdog
 
@@ -78,13 +78,11 @@ class Run:
 
     def send(self, number: signal.Signals, process: int) -> None:
         """A signal, once both have started."""
-        deadline = time.monotonic() + 60
-        while not all("started" in path.read_text() for path in self.files) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until(lambda: all("started" in path.read_text() for path in self.files), seconds=300)
         self.processes[process].send_signal(number)
 
     def status(self, process: int) -> int:
-        return self.processes[process].wait(timeout=60)
+        return self.processes[process].wait(timeout=120)
 
     def said(self, process: int) -> str:
         return self.files[process].read_text()
@@ -157,30 +155,30 @@ class Result:
 
 def test_a_run_whose_steps_end_goes_on_and_one_whose_last_does_not_is_ended_with_its_stacks(tmp_path, capfd):
     peers, result = NoPeers(), Result()
-    with Watchdog(0.4, cast(Peers, peers), run_dir=tmp_path) as dog:
-        for _ in range(10):
+    with Watchdog(2.0, cast(Peers, peers), run_dir=tmp_path) as dog:
+        for number in range(1, 6):
             dog.step_done()
-            time.sleep(0.1)
-        assert not peers.ended and peers.told["step"] >= 9
+            until(lambda number=number: peers.told.get("step") == number)
+        assert not peers.ended
         dog.step_done(result)
-        time.sleep(1.0)
+        until(lambda: peers.ended)
     reason, status = peers.ended[0]
     assert status == EXIT_HUNG == 76
-    assert re.match(r"no step has finished for \d s; process 1 is behind; the stacks of all threads are in /", reason)
+    assert re.match(r"no step has finished for \d+ s; process 1 is behind; the stacks of all threads are in /", reason)
     assert "test_a_run_whose_steps_end" in (tmp_path / "hung-0.txt").read_text()
     assert "test_a_run_whose_steps_end" in capfd.readouterr().err
 
 
 def test_pauses_have_a_limit_of_their_own_and_nothing_counts_before_the_first_step(tmp_path):
     peers = NoPeers()
-    with Watchdog(0.2, cast(Peers, peers), run_dir=tmp_path) as dog:
-        time.sleep(0.5)
+    with Watchdog(1.0, cast(Peers, peers), run_dir=tmp_path) as dog:
+        time.sleep(1.3)
         dog.step_done()
         with dog.paused():
-            time.sleep(0.5)
+            time.sleep(1.3)
         assert not peers.ended
-        with dog.paused(0.3):
-            time.sleep(0.8)
+        with dog.paused(1.1):
+            until(lambda: peers.ended)
     assert peers.ended[0][0].startswith("compiling, evaluating or saving has taken ")
 
 
@@ -262,7 +260,7 @@ def test_a_killed_process_ends_the_other_with_one_line_that_names_it(start):
     run.send(signal.SIGKILL, 1)
     began = time.monotonic()
     assert run.status(0) == EXIT_PEER_LOST
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60  # jax itself would end it after 100
     (line,) = run.errors(0)
     assert line.startswith("error: process 1 (") and "has not answered for" in line
     assert "Traceback" not in run.said(0)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 
 from infer import hosts
 from infer.hosts import Hosts
+from tests.processes import until
 
 
 class Peers:
@@ -90,8 +90,7 @@ def test_calls_come_in_order_with_their_arrays_and_answers_go_back(processes):
 def test_who_does_not_know_the_key_is_sent_away_unread(processes):
     first = threading.Thread(target=processes[0].__enter__)
     first.start()
-    while not Peers.store:
-        time.sleep(0.01)
+    until(lambda: Peers.store)
     port = json.loads(Peers.store["hosts"]["meeting"])["port"]
     for said in (b"let me in\n", b"\xff\n", b"", b"0" * 64 + b" 1\n"):
         with socket.create_connection(("localhost", port)) as stranger:
@@ -110,9 +109,7 @@ def test_a_connection_that_breaks_is_known_to_both_ends(processes):
     with connected(processes) as (first, *_):
         broken = first._sockets[1]
         broken.shutdown(socket.SHUT_RDWR)
-        until = time.monotonic() + 10
-        while len(Peers.lost_ones) < 2 and time.monotonic() < until:
-            time.sleep(0.01)
+        until(lambda: len(Peers.lost_ones) >= 2)
     assert {(0, 1), (1, 0)} <= set(Peers.lost_ones) and not any(2 in pair for pair in Peers.lost_ones)
 
 

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
@@ -20,7 +19,7 @@ pytest.importorskip("openai", reason="openai is not installed")
 import openai
 
 from infer import serve
-from tests.processes import ROOT
+from tests.processes import ROOT, until
 
 OPTIONS = ("--port", "0", "--max-seq-len", "256", "--max-batch-size", "4", "--mesh", "data=1")
 WEATHER = {
@@ -72,13 +71,6 @@ def client(address):
 def metric(address, name):
     page = urllib.request.urlopen(f"{address}/metrics").read().decode()
     return float(re.search(rf"^{name} (\S+)$", page, re.MULTILINE)[1])
-
-
-def until(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.05)
 
 
 def test_texts_are_continued_whole_and_in_pieces_alike(client):

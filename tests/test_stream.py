@@ -4,6 +4,7 @@ import itertools
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import llama_jax
 from llama_jax.mesh import sharding_rules
 from llama_jax.model import Llama
 from tests.prepared import write_prepared
-from tests.processes import free_address, outputs, start_python
+from tests.processes import free_address, outputs, start_python, until
 from tests.tiny import TINY
 from train.data.mixture import Mixture
 from train.data.packing import Batch, PackedRows, stack
@@ -56,13 +57,8 @@ def assert_same(batches, others):
 
 
 def no_thread_reads() -> bool:
-    """Whether the threads end that read ahead; those that are at a batch finish it first."""
-    deadline = time.monotonic() + 5
-    while any(thread.name.startswith("grain") for thread in threading.enumerate()):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
+    """Whether no thread is there that reads ahead; one that is at a batch finishes it first."""
+    return not any(thread.name.startswith("grain") for thread in threading.enumerate())
 
 
 def test_batches_are_the_rows_that_the_mixture_picks(rows):
@@ -104,21 +100,26 @@ def test_the_state_is_that_of_the_last_batch_handed_out_whatever_was_read_ahead(
     with Stream(rows, shares, NUM_ROWS, state={}) as stream:
         assert stream.state() == {}
         next(stream)
-        time.sleep(0.05)
+        time.sleep(0.05)  # for what is read ahead
         assert sum(row for row, _ in stream.state().values()) == NUM_ROWS
 
 
-class SlowRows:
-    """Rows that take a while, or fail at one."""
+class CountedRows:
+    """Rows that are read when somebody waits for them, by a clock that each moves on a second, or fail at one."""
 
-    def __init__(self, seconds=0.0, fail_at=None):
-        self.seconds, self.fail_at = seconds, fail_at
+    def __init__(self):
+        self.fail_at, self.num_read, self.awaited = None, 0, threading.Event()
 
     def __len__(self):
         return 100
 
+    def clock(self):
+        self.awaited.set()
+        return float(self.num_read)
+
     def row(self, index):
-        time.sleep(self.seconds)
+        assert self.awaited.wait(120)
+        self.num_read += 1
         if index == self.fail_at:
             raise OSError(5, "Input/output error", "code/train-00000.tokens")
         array = np.full(4, index)
@@ -129,24 +130,30 @@ def only(number):
     return {"a": 1.0}
 
 
-def test_reading_goes_on_while_the_step_computes_and_waits_are_counted():
-    with Stream({"a": SlowRows(0.05)}, only, 2, state={}) as stream:
+@pytest.fixture
+def counted(monkeypatch):
+    """The rows, by whose clock a stream counts the seconds that it waits."""
+    rows = CountedRows()
+    monkeypatch.setattr("train.data.stream.time", SimpleNamespace(perf_counter=rows.clock))
+    return rows
+
+
+def test_reading_goes_on_while_the_step_computes_and_waits_are_counted(counted):
+    with Stream({"a": counted}, only, 2, state={}) as stream:
         next(stream)
-        assert stream.take_wait() > 0.01
-        for _ in range(5):
-            time.sleep(0.3)
-            next(stream)
-        assert stream.take_wait() < 0.25  # five batches take 0.5 s to read
+        assert stream.take_wait() >= 2
         assert stream.take_wait() == 0
+        until(lambda: counted.num_read >= 6)  # two batches more than were asked for
 
 
-def test_an_error_in_a_reading_thread_arrives_as_itself_at_its_batch_and_ends_the_threads():
-    stream = Stream({"a": SlowRows(fail_at=7)}, only, 2, state={})
+def test_an_error_in_a_reading_thread_arrives_as_itself_at_its_batch_and_ends_the_threads(counted):
+    counted.fail_at = 7
+    stream = Stream({"a": counted}, only, 2, state={})
     for _ in range(3):
         next(stream)
     with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: 'code/train-00000.tokens'$"):
         next(stream)
-    assert no_thread_reads()
+    until(no_thread_reads)
     with pytest.raises(ValueError, match="closed"):
         next(stream)
 
@@ -160,7 +167,7 @@ def test_no_thread_is_left_behind(rows, error):
                 raise error
     except (KeyboardInterrupt, ValueError):
         pass
-    assert no_thread_reads()
+    until(no_thread_reads)
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "fsdp=8", "data=2,context=2,tensor=2", "context=8"])
