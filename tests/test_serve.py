@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,6 +101,14 @@ def test_a_stop_string_ends_a_text(client):
     assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
 
 
+def test_a_token_that_is_banned_does_not_come(client):
+    asked = {"model": "demo", "prompt": "import os\nimport", "max_tokens": 1, "temperature": 0}
+    text = client.completions.create(**asked).choices[0].text
+    (token,) = client.post("/../tokenize", body={"prompt": text, "add_special_tokens": False}, cast_to=object)["tokens"]
+    other = client.completions.create(**asked, extra_body={"banned_token_ids": [token]}).choices[0].text
+    assert other not in ("", text)
+
+
 def test_an_answer_fits_its_schema(client):
     fits = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
     answer = client.chat.completions.create(
@@ -134,6 +143,20 @@ def test_responses_are_streamed(client):
     assert "".join(texts) == events[-1].response.output[0].content[0].text != ""
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_is_answered_as_the_documentation_shows(address):
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(\{.*\})$", page, re.MULTILINE)
+    assert len(shown) == 3
+    for command, expected in shown:
+        command = command.replace("http://127.0.0.1:8000", address)
+        said = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+        answer, expected = json.loads(said), json.loads(expected)
+        own = {"id", "created", "max_model_len"}  # of each answer, and of each server
+        assert answer.keys() == expected.keys()
+        assert [answer[key] for key in answer if key not in own] == [expected[key] for key in answer if key not in own]
+
+
 def test_the_log_probabilities_of_a_prompt_are_those_of_its_tokens_one_by_one(client):
     echoed = client.completions.create(model="demo", prompt="import os\n", max_tokens=0, echo=True, logprobs=1)
     logprobs = echoed.choices[0].logprobs
@@ -161,11 +184,17 @@ def test_a_client_that_goes_away_frees_its_pages(address):
     assert metric(address, "llama_jax_cache_pages") == metric(address, "llama_jax_cache_pages_free")
 
 
-def test_sigterm_lets_what_runs_end_and_the_status_is_zero(tmp_path):
-    asked = {"model": "demo", "prompt": "def f", "max_tokens": 100, "extra_body": {"ignore_eos": True}}
+def test_a_killed_server_starts_again_on_its_port_and_sigterm_lets_what_runs_end(tmp_path):
+    asked = {"model": "demo", "prompt": "def f", "max_tokens": 100, "stream": True}
     with serving(tmp_path / "log") as (process, address):
+        body, kind = json.dumps(asked | {"ignore_eos": True}).encode(), {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/v1/completions", body, kind)) as stream:
+            assert stream.readline().startswith(b"data: ")
+            process.kill()
+    with serving(tmp_path / "log", "--port", address.rpartition(":")[2]) as (process, again):
+        assert again == address
         with openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:
-            stream = client.completions.create(**asked, stream=True)
+            stream = client.completions.create(**asked, extra_body={"ignore_eos": True})
             pieces = [next(stream)]
             process.send_signal(signal.SIGTERM)
             pieces += list(stream)
@@ -247,14 +276,3 @@ def test_a_proxy_and_one_other_site_may_be_in_front():
     args = serve.parse_args([])
     with TestClient(serve.http_config(args, make_server(load_tokenizer(DEMO))).app) as client:
         assert "access-control-allow-origin" not in client.get("/", headers={"Origin": "https://chat.example"}).headers
-
-
-def test_a_server_that_was_killed_starts_again_on_its_port():
-    with serve.bound("127.0.0.1", 0) as first:
-        first.listen()
-        port = first.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port)):
-            first.accept()[0].close()  # the connection lingers in the kernel, as after a kill
-    with serve.bound("127.0.0.1", port) as again:
-        again.listen()
-        assert again.getsockname()[1] == port

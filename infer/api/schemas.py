@@ -78,6 +78,7 @@ class Sampling(Body):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=1024)] | None = None
+    banned_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None  # no name of vLLM's
     ignore_eos: bool | None = None
     structured_outputs: StructuredOutputs | None = None
 

@@ -104,10 +104,11 @@ class Server:
             "min_new_tokens": body.min_tokens,
             "ignore_eos": body.ignore_eos,
             "allowed_tokens": None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+            "banned_tokens": None if body.banned_token_ids is None else tuple(body.banned_token_ids),
         }
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-        outside = [t for t in (*bias, *(body.allowed_token_ids or ())) if t >= self.engine.cfg.vocab_size]
-        if outside:
+        named = *bias, *(body.allowed_token_ids or ()), *(body.banned_token_ids or ())
+        if outside := [token for token in named if token >= self.engine.cfg.vocab_size]:
             raise ApiError(f"token {outside[0]} is outside the vocabulary of {self.engine.cfg.vocab_size}")
         try:
             return dataclasses.replace(
