@@ -16,6 +16,7 @@ from benchmarks.environment import environment, print_results, spread
 from benchmarks.shapes import SHAPES, random_tokens
 from infer.engine import Engine
 from infer.sampling import SamplingParams
+from llama_jax.devices import open_devices
 from llama_jax.entry import run_entry
 from llama_jax.model import Llama
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    open_devices()
     cfg = dataclasses.replace(SHAPES["tiny"], num_layers=args.layers)
     where = environment()
     with llama_jax.use_mesh("data=1"):

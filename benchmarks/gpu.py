@@ -16,6 +16,7 @@ from benchmarks.environment import environment, print_results, spread
 from benchmarks.shapes import SHAPES, decode_bytes, describe, prefill_flops, train_flops
 from benchmarks.worker_llama_jax import Inference, Training, product_limits
 from llama_jax.config import LlamaConfig
+from llama_jax.devices import open_devices
 from llama_jax.entry import run_entry
 from llama_jax.model import Llama
 from llama_jax.slices import CHIPS, chip_kind
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     train_shape = args.train_shape or ("tiny" if args.shape == "tiny" else "1b")
-    device = jax.devices()[0]
+    device = open_devices()[0]
     if device.platform == "cpu" and (args.shape, train_shape) != ("tiny", "tiny"):
         raise ValueError("JAX sees no accelerator, only a CPU; install llama_jax[cuda] or [tpu], or use --shape tiny")
     where, peak = environment(), peaks(device)

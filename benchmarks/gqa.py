@@ -20,6 +20,7 @@ from benchmarks.environment import environment, print_results, spread
 from benchmarks.shapes import decode_bytes
 from benchmarks.worker_llama_jax import Inference
 from llama_jax.config import LlamaConfig
+from llama_jax.devices import open_devices
 from llama_jax.entry import run_entry
 from llama_jax.model import Llama
 from llama_jax.paths import staged_file
@@ -214,6 +215,7 @@ def main() -> None:
     if unknown := set(args.variants.split(",")) - set(VARIANTS):
         raise ValueError(f"--variants {unknown.pop()}: expected some of {', '.join(VARIANTS)}")
     variants = [name for name in VARIANTS if name in {BASELINE, *args.variants.split(",")}]
+    open_devices()
     losses: dict[str, dict[int, float]] = {variant: {} for variant in variants}
     for seed in range(args.seeds):
         for variant in variants:

@@ -18,6 +18,7 @@ import jax
 import llama_jax
 from benchmarks.environment import environment, print_results, spread
 from llama_jax.checkpoint import open_checkpoint
+from llama_jax.devices import open_devices
 from llama_jax.entry import run_entry
 
 BLOCK_BYTES = 32 * 2**20
@@ -86,6 +87,7 @@ def main() -> None:
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    open_devices()
     found = open_checkpoint(args.checkpoint).directory
     files = [found] if found.is_file() else sorted(path for path in found.rglob("*") if path.is_file())
     if args.mesh:

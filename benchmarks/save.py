@@ -21,6 +21,7 @@ import numpy as np
 import llama_jax
 from benchmarks.environment import environment, print_results, spread
 from benchmarks.shapes import OPTIMIZER, SHAPES, constant_rate_stage, random_tokens
+from llama_jax.devices import open_devices
 from llama_jax.entry import run_entry
 from train.checkpoints import Checkpoints, Progress, initial_state
 from train.data.packing import Batch
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    open_devices()
     rounds: list[dict[str, float]] = []
     with llama_jax.use_mesh(args.mesh or "data=1"), tempfile.TemporaryDirectory(dir=args.directory) as folder:
         training = Training(args.shape, args.rows, args.length)

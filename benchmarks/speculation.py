@@ -15,6 +15,7 @@ from infer.entry import DEMO
 from infer.sampling import SamplingParams
 from infer.sizes import CacheOptions
 from infer.speculation import DraftModel, Ngrams
+from llama_jax.devices import open_devices
 from llama_jax.entry import run_entry
 from llama_jax.tokenizer import load_tokenizer
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", choices=PROMPTS, default=list(PROMPTS))
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    open_devices()
     where, tokenizer = environment(), load_tokenizer(args.checkpoint)
     with llama_jax.use_mesh("data=1"):
         model = llama_jax.load(args.checkpoint, layout="layers")

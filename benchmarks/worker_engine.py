@@ -10,7 +10,9 @@ def main(checkpoint: str, context: str, rows: str) -> None:
     """Answer requests for one checkpoint."""
     import llama_jax
     from infer.engine import Engine, SamplingParams
+    from llama_jax.devices import open_devices
 
+    open_devices()
     with llama_jax.use_mesh():
         model = llama_jax.load(checkpoint, dtype="float32", layout="layers")
     engine = Engine(model, llama_jax.load_tokenizer(checkpoint), max_seq_len=int(context), max_batch_size=int(rows))

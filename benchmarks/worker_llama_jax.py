@@ -15,6 +15,7 @@ from benchmarks.worker import answer_requests
 from infer.engine import Engine
 from infer.sampling import SamplingParams
 from infer.sizes import CacheOptions
+from llama_jax.devices import open_devices
 from llama_jax.model import Llama
 from train.data.packing import Batch
 from train.device import put_batch
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
+    open_devices()
     jax.set_mesh(llama_jax.make_mesh("data=1"))
 
     @functools.cache
