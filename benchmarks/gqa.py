@@ -49,8 +49,9 @@ BYTES_PER_VALUE = 4
 
 def variant_config(variant: str, seed: int, tokens: int) -> TrainConfig:
     """The demo's run with one stage-1 phase of so many tokens of text alone and the values of a variant."""
-    phases = [{"seq_len": SEQ_LEN, "tokens": tokens}]
-    return read_config("demo", {**VARIANTS[variant], "run.seed": seed, "data.mixture": {}, "stage.1.phases": phases})
+    text_alone = {"data.mixture": {}, "stage.1.mixture": {}, "stage.1.mixture_changes": []}
+    phases = {"stage.1.phases": [{"seq_len": SEQ_LEN, "tokens": tokens}]}
+    return read_config("demo", {**VARIANTS[variant], **text_alone, **phases, "run.seed": seed})
 
 
 def variant_model(variant: str) -> LlamaConfig:

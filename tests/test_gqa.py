@@ -39,6 +39,12 @@ def test_the_seed_and_the_tokens_reach_the_run():
     assert (config.run.seed, config.stage["1"].phase_steps()) == (2, [10])
 
 
+def test_a_run_reads_text_alone():
+    config = variant_config("MHA", 0, 4096)
+    stage = config.stage["1"]
+    assert not (config.data.mixture or stage.mixture or stage.mixture_changes)
+
+
 @pytest.fixture
 def dataset(tmp_path):
     """Five held-out documents of 60 tokens of TINY's vocabulary."""
