@@ -22,12 +22,13 @@ from infer.sampling import SamplingParams
 from infer.speculation import DraftModel
 from infer.steps import Held, tokens_a_step
 from infer.workload import Workload, workload
+from llama_jax.attempts import advise, try_each
 from llama_jax.devices import model_name, use_compilation_cache
 from llama_jax.entry import say
 from llama_jax.memory import bytes_a_device
 from llama_jax.mesh import inference_mesh_spec, legal_tensor_sizes, parse_mesh
 from llama_jax.model import Llama
-from llama_jax.plan import Plan, Terms, capacity, check_directory, gib, plan, rows, sources, table, try_each
+from llama_jax.plan import Plan, Terms, capacity, check_directory, gib, plan, rows, sources, table
 from llama_jax.program import Buffer
 from llama_jax.slices import Slice, all_slices, open_slice, parse_slice, smallest_slice, use_slice
 from llama_jax.tree import leaf_name
@@ -276,22 +277,12 @@ def advice(work: Workload, target: Slice, found: GenerationPlan, *, seconds: flo
     larger = [other for other in all_slices(target.kind) if other.num_chips > target.num_chips]
     ways += [(f"--plan {other}", work, other) for other in larger[:3]]
 
-    def untried(tried: list) -> Iterator[Any]:
-        for way in ways:
-            if any(other.fits for _, other in tried):
-                return
-            yield way
-
     def attempt(way: tuple[str, Workload, Slice]) -> GenerationPlan:
         _, changed, other = way
         return plan_generation(changed, other, inference_mesh_spec(work.cfg, other.num_chips, other.chips_per_host))
 
-    tried = try_each(untried, attempt, seconds=seconds, rank=rank, summary=summary)
-    if not tried:
-        return "more chips along tensor"
-    (text, *_), best = tried[0]
-    verdict = "fits" if best.fits else f"is the nearest of {len(tried)} tried"
-    return f"{text} {verdict}: {gib(best.hbm_peak_bytes)} of {gib(best.hbm_capacity_bytes)}"
+    otherwise = "more chips along tensor"
+    return advise(ways, attempt, otherwise=otherwise, seconds=seconds, rank=rank, summary=summary)
 
 
 def _lines(work: Workload, found: GenerationPlan) -> list[tuple[str, str, str]]:

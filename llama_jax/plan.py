@@ -13,15 +13,14 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, get_mesh
 
-from llama_jax.entry import say
 from llama_jax.memory import bytes_left
 from llama_jax.mesh import mesh_text
 from llama_jax.program import Buffer, Collective, Program, read_program
@@ -268,44 +267,6 @@ def collective_seconds(collective: Collective, size: float, members: Iterable[De
 
 def _side(target: Slice, side: int) -> int:
     return target.shape[side] if side < len(target.shape) else 1
-
-
-Candidate = TypeVar("Candidate")
-Planned = TypeVar("Planned")
-
-
-def try_each(
-    candidates: Callable[[list[tuple[Candidate, Planned]]], Iterator[Candidate]],
-    attempt: Callable[[Candidate], Planned],
-    *,
-    seconds: float,
-    rank: Callable[[Planned], Any],
-    summary: Callable[[Planned], str],
-) -> list[tuple[Candidate, Planned]]:
-    """Plan candidates while time is left and return all that was tried, what ranks lowest first.
-
-    candidates sees what has been tried so far. A candidate that is illegal (ValueError) is passed over.
-    Ctrl-C ends the search with what there is; before the first plan it is raised.
-    """
-    tried: list[tuple[Candidate, Planned]] = []
-    began = time.perf_counter()
-    try:
-        for candidate in candidates(tried):
-            spent = time.perf_counter() - began
-            if tried and spent * (1 + 1 / len(tried)) > seconds:
-                break
-            try:
-                found = attempt(candidate)
-            except ValueError as error:
-                say(f"  {candidate}: {error}")
-                continue
-            tried.append((candidate, found))
-            say(f"  {len(tried)} tried, {time.perf_counter() - began:.0f} of {seconds:.0f} s: {summary(found)}")
-    except KeyboardInterrupt:
-        if not tried:
-            raise
-        say(f"interrupted: the best of {len(tried)} tried")
-    return sorted(tried, key=lambda pair: rank(pair[1]))
 
 
 def rank(found: Plan) -> tuple[bool, float, int]:

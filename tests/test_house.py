@@ -21,7 +21,7 @@ FLOORS = (
     ("attention", "cache"),
     ("model",),
     ("lora",),
-    ("memory", "checkpoint", "calibration", "convert", "plan"),
+    ("memory", "checkpoint", "calibration", "convert", "plan", "attempts"),
     ("train", "infer"),
     ("__main__",),
 )

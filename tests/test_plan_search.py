@@ -9,9 +9,10 @@ import train.plan
 import train.search
 from benchmarks import plan_table
 from benchmarks.plan_table import SERVING, TRAINING, peer_seconds
+from llama_jax.attempts import try_each
 from llama_jax.config import PRESETS
 from llama_jax.mesh import make_mesh, parse_mesh, sharding_rules
-from llama_jax.plan import Plan, rank, summary, try_each
+from llama_jax.plan import Plan, rank, summary
 from llama_jax.remat import REMAT_POLICIES
 from llama_jax.schemes import find_scheme
 from llama_jax.slices import parse_slice

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, get_mesh
 
+from llama_jax.attempts import advise
 from llama_jax.config import LlamaConfig
 from llama_jax.devices import model_name, use_compilation_cache
 from llama_jax.entry import say
 from llama_jax.memory import bytes_a_device
 from llama_jax.mesh import ShardingRules, tensor_axes
 from llama_jax.model import Llama, padded_vocab
-from llama_jax.plan import Plan, Terms, check_directory, gib, plan, rank, rows, sources, summary, table, try_each
+from llama_jax.plan import Plan, Terms, check_directory, gib, plan, rank, rows, sources, summary, table
 from llama_jax.program import Buffer
 from llama_jax.slices import GIB, Slice, all_slices, parse_slice, use_slice
 from llama_jax.tree import leaf_name
@@ -279,20 +280,9 @@ def _largest_elsewhere(config: TrainConfig, stage: str, phase: PhaseConfig, targ
 
 def advice(config: TrainConfig, stage: str, phase: PhaseConfig, target: Slice, *, seconds: float = 1800.0) -> str:
     """What to change where a phase does not fit: the first change of `ways_out` that does, having been compiled."""
-    ways = ways_out(config, stage, phase, target)
-
-    def candidates(tried: list) -> Iterator[Any]:
-        for way in ways:
-            if any(found.fits for _, found in tried):
-                return
-            yield way
 
     def attempt(way: tuple[str, TrainConfig, Slice]) -> Plan:
         return plan_phase(way[1], stage, phase, way[2])
 
-    tried = try_each(candidates, attempt, seconds=seconds, rank=rank, summary=summary)
-    if not tried:
-        return "more chips"
-    (text, *_), found = tried[0]
-    verdict = "fits" if found.fits else f"is the nearest of {len(tried)} tried"
-    return f"{text} {verdict}: {gib(found.hbm_peak_bytes)} of {gib(found.hbm_capacity_bytes)}"
+    ways = ways_out(config, stage, phase, target)
+    return advise(ways, attempt, otherwise="more chips", seconds=seconds, rank=rank, summary=summary)

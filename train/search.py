@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from llama_jax.attempts import try_each
 from llama_jax.config import LlamaConfig
 from llama_jax.entry import say
 from llama_jax.mesh import legal_tensor_sizes, parse_mesh
-from llama_jax.plan import Plan, gib, rank, summary, try_each
+from llama_jax.plan import Plan, gib, rank, summary
 from llama_jax.remat import REMAT_POLICIES
 from llama_jax.slices import Slice, all_slices, smallest_slice
 from train.config import PhaseConfig, TrainConfig
