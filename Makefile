@@ -19,7 +19,7 @@ demo: $(VENV)/core
 	@$(RUN) infer.generate </dev/null
 
 test: lint
-	$(RUN) pytest -n 2
+	$(RUN) pytest -n 2 --dist worksteal
 
 lint: $(VENV)/test
 	$(RUN) ruff check

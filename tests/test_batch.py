@@ -80,7 +80,7 @@ def test_a_batch_that_is_killed_again_and_again_repeats_and_loses_no_line():
     command = [sys.executable, "-m", "infer.batch", "in.jsonl", "out.jsonl", "--max-batch-size", "2"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     kills = 0
-    for goal in itertools.count(10, 15):  # each process is killed some lines later than the one before
+    for goal in itertools.count(10, 12):  # each process is killed some lines later than the one before
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         while process.poll() is None and (not Path("out.jsonl").exists() or len(read_whole("out.jsonl")) < goal):
             time.sleep(0.005)

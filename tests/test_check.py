@@ -197,7 +197,7 @@ def test_two_processes_make_the_checks_together_and_find_what_one_has_set(workdi
         )
         for process in range(2)
     ]
-    (printed, errors), (silent, others) = [process.communicate(timeout=120) for process in running]
+    (printed, errors), (silent, others) = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [1, 1], errors + others
     lines = [line for line in printed.splitlines() if line[:4] in ("pass", "FAIL")]
     assert len(lines) == 8

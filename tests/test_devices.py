@@ -265,7 +265,7 @@ def test_of_two_processes_the_first_alone_prints():
         )
         for process in range(2)
     ]
-    assert [process.communicate(timeout=60) for process in running] == [("result\n", "2\n"), ("", "")]
+    assert [process.communicate(timeout=300) for process in running] == [("result\n", "2\n"), ("", "")]
 
 
 # The line that a run begins with, and its mesh.

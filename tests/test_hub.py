@@ -119,7 +119,7 @@ def test_two_processes_at_once_leave_one_whole_copy(hub, tmp_path):
     start = [sys.executable, "-c", code]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(start, cwd=ROOT, env=os.environ | environment, **pipes) for _ in range(2)]
-    [one, other] = [process.communicate(timeout=120) for process in both]
+    [one, other] = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], (one, other)
     assert one[0] == other[0]
     assert contents(Path(one[0].strip())) == {name: hub.files[name] for name in [*USUAL, *SHARDS, INDEX]}

@@ -82,7 +82,7 @@ def test_a_stopped_run_leaves_no_process_and_the_same_command_goes_on_to_the_sam
             assert run.poll() is None
             time.sleep(0.01)
         run.send_signal(ending)
-        shown = run.communicate(timeout=60)[1]  # to the end of the last process that could write
+        shown = run.communicate(timeout=300)[1]  # to the end of the last process that could write
     work = f"{tmp_path}/out.parts"
     assert os.listdir(tmp_path) == ["out.parts"]
     assert run.returncode == (130 if ending == signal.SIGINT else -ending)
