@@ -175,12 +175,14 @@ def _multiply(how: _Product, x: Array, weight: QuantizedArray, *, forward: bool)
     )
     split_inputs = tuple(jax.tree.leaves([how.axes[letter] for letter in how.inputs]))
 
-    if scale is not None and jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu":
+    platform = jax.sharding.get_abstract_mesh().abstract_device.platform
+    if scale is not None and platform == "cpu":
         # Two products of int8 by int8 at once end the process (jaxlib 0.10.2, 2048 x 8192): whole numbers as floats.
         x = x.astype(jnp.float32)
 
     def local(x: Array, scale: Array | None, weight: QuantizedArray) -> Array:
-        out = narrow.product(how.subscripts, x, weight.plain())
+        plain = weight.plain()
+        out = narrow.product(how.subscripts, x, plain, depth=128 if platform == "tpu" else 0)
         if scale is not None:
             out = out * scale.reshape(*scale.shape, *(1,) * (out.ndim - scale.ndim))
         out = out.astype(how.out_dtype)

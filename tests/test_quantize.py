@@ -82,6 +82,14 @@ def test_a_product_is_that_of_the_dequantized_weight(name, subscripts, rows, mon
     np.testing.assert_allclose(out, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
 
 
+@pytest.mark.parametrize("subscripts", PRODUCTS)
+def test_small_groups_may_share_a_product(subscripts):
+    x, weight = operands(subscripts)
+    x, narrow = x[:2, :1], quantized(weight, find_scheme("int4-asym"), PRODUCTS[subscripts]).plain()
+    out, expected = (kernel.product(subscripts, x, narrow, depth=depth) for depth in (128, 0))
+    np.testing.assert_allclose(out, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
+
+
 @pytest.mark.parametrize("name", ["int8-a8", "fp8"])
 def test_a_product_with_rounded_activations_is_that_of_both_dequantized(name):
     x, weight = operands("BTD,DF->BTF")

@@ -111,10 +111,11 @@ def rounded(x: Array, dtype: DTypeLike) -> Array:
     return (jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x).astype(dtype)
 
 
-def product(subscripts: str, x: Array, weight: Narrow) -> Array:
+def product(subscripts: str, x: Array, weight: Narrow, *, depth: int = 0) -> Array:
     """Float32 product of x [B, T, ...] with a weight; subscripts name batch and sequence "BT".
 
-    x may be int8: what it is multiplied with are then whole numbers too, summed in int32.
+    x may be int8: what it is multiplied with are then whole numbers too, summed in int32. depth: how many inputs the
+    device's matrix unit takes at once; products of smaller groups are made together.
     """
     operands, result = subscripts.replace("BT", "N").split("->")
     x_letters, letters = operands.split(",")
@@ -126,22 +127,15 @@ def product(subscripts: str, x: Array, weight: Narrow) -> Array:
     if blocks and jnp.issubdtype(x.dtype, jnp.floating) and 4 * math.prod(blocks.values()) * len(x) > widened:
         out = _by_slabs((x_letters, letters, result), x, weight)
     else:
-        out = _by_blocks((x_letters, letters, result), x, weight, blocks)
+        out = _by_blocks((x_letters, letters, result), x, weight, blocks, depth)
     return out.reshape(*rows, *out.shape[1:])
 
 
-def _by_blocks(letters: tuple[str, str, str], x: Array, weight: Narrow, blocks: dict[str, int]) -> Array:
+def _by_blocks(letters: tuple[str, str, str], x: Array, weight: Narrow, blocks: dict[str, int], depth: int) -> Array:
     """Products of each block, scaled and summed: the weight is only converted, which fuses with the products."""
     x_letters, w_letters, result = letters
-    integers = jnp.issubdtype(x.dtype, jnp.integer)
-    values = weight.coded(jnp.int8 if integers else x.dtype)
-    x_letters, x = _split(x_letters, x, blocks)
-    values_letters, values = _split(w_letters, values, blocks)
     block_letters, outputs = "".join(blocks).lower(), result.replace("N", "")
-    total = jnp.int32 if integers else jnp.float32
-    parts = jnp.einsum(
-        f"{x_letters},{values_letters}->{block_letters}{result}", x, values, preferred_element_type=total
-    )
+    parts = _of_blocks(letters, x, weight, blocks, depth)
 
     def spread(scales: Array) -> Array:
         """Scales or zeros in float32, one for each block and output."""
@@ -155,8 +149,36 @@ def _by_blocks(letters: tuple[str, str, str], x: Array, weight: Narrow, blocks: 
     out = jnp.einsum(f"{block_letters}{result},{summed}", parts.astype(jnp.float32), scales)
     if weight.zeros is None:
         return out
+    x_letters, x = _split(x_letters, x, blocks)
     sums = jnp.einsum(f"{x_letters}->{block_letters}N", x.astype(jnp.float32))
     return out - jnp.einsum(f"{block_letters}N,{summed}", sums, spread(weight.zeros) * scales)
+
+
+def _of_blocks(letters: tuple[str, str, str], x: Array, weight: Narrow, blocks: dict[str, int], depth: int) -> Array:
+    """The product of each block, before all other dimensions of the result.
+
+    Neighbouring blocks not half as deep as the matrix unit share a product: each has rows of its own, which are zero
+    where the others are. Those cost nothing until there are more than the unit is deep. (Of half the depth they do
+    better alone: docs/plan.md.)
+    """
+    x_letters, w_letters, result = letters
+    integers = jnp.issubdtype(x.dtype, jnp.integer)
+    values, total = weight.coded(jnp.int8 if integers else x.dtype), jnp.int32 if integers else jnp.float32
+    last, shared = next(reversed(blocks), ""), 1
+    if last:
+        size = math.prod(x.shape[1:]) // math.prod(blocks.values())
+        shared = math.gcd(blocks[last], depth // size) if 2 * size < depth else 1
+    if shared > 1:
+        dim = x_letters.index(last)
+        block = jnp.arange(x.shape[dim]) // (x.shape[dim] // blocks[last]) % shared
+        own = jnp.expand_dims(block == jnp.arange(shared)[:, None], [i + 1 for i in range(x.ndim) if i != dim])
+        x_letters, x = f"z{x_letters}", jnp.where(own, x, jnp.zeros((), x.dtype))
+    together = blocks | {last: blocks[last] // shared} if last else blocks
+    x_letters, x = _split(x_letters, x, together)
+    w_letters, values = _split(w_letters, values, together)
+    by_block = "".join(together).lower() + ("z" if shared > 1 else "")
+    parts = jnp.einsum(f"{x_letters},{w_letters}->{by_block}{result}", x, values, preferred_element_type=total)
+    return parts.reshape(*blocks.values(), *parts.shape[len(by_block) :])
 
 
 def _split(letters: str, x: Array, blocks: dict[str, int]) -> tuple[str, Array]:
