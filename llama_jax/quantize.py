@@ -25,6 +25,8 @@ from jax.typing import DTypeLike
 from llama_jax.kernels import narrow
 from llama_jax.schemes import Quantization
 
+_DEPTH = 64  # of products on TPUs, by docs/plan.md: half of the matrix unit's
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _multiply(how: _Product, x: Array, weight: QuantizedArray, *, forward: bool)
 
     def local(x: Array, scale: Array | None, weight: QuantizedArray) -> Array:
         plain = weight.plain()
-        out = narrow.product(how.subscripts, x, plain, depth=128 if platform == "tpu" else 0)
+        out = narrow.product(how.subscripts, x, plain, depth=_DEPTH if platform == "tpu" else 0)
         if scale is not None:
             out = out * scale.reshape(*scale.shape, *(1,) * (out.ndim - scale.ndim))
         out = out.astype(how.out_dtype)

@@ -114,8 +114,8 @@ def rounded(x: Array, dtype: DTypeLike) -> Array:
 def product(subscripts: str, x: Array, weight: Narrow, *, depth: int = 0) -> Array:
     """Float32 product of x [B, T, ...] with a weight; subscripts name batch and sequence "BT".
 
-    x may be int8: what it is multiplied with are then whole numbers too, summed in int32. depth: how many inputs the
-    device's matrix unit takes at once; products of smaller groups are made together.
+    x may be int8: what it is multiplied with are then whole numbers too, summed in int32. depth: how many inputs a
+    product should have for the device's matrix unit; those of smaller groups are made together.
     """
     operands, result = subscripts.replace("BT", "N").split("->")
     x_letters, letters = operands.split(",")
@@ -157,9 +157,8 @@ def _by_blocks(letters: tuple[str, str, str], x: Array, weight: Narrow, blocks: 
 def _of_blocks(letters: tuple[str, str, str], x: Array, weight: Narrow, blocks: dict[str, int], depth: int) -> Array:
     """The product of each block, before all other dimensions of the result.
 
-    Neighbouring blocks not half as deep as the matrix unit share a product: each has rows of its own, which are zero
-    where the others are. Those cost nothing until there are more than the unit is deep. (Of half the depth they do
-    better alone: docs/plan.md.)
+    Neighbouring blocks that are not as deep share a product: each has rows of its own, which are zero where the others
+    are. Those cost nothing until there are more than the matrix unit is deep.
     """
     x_letters, w_letters, result = letters
     integers = jnp.issubdtype(x.dtype, jnp.integer)
@@ -167,7 +166,7 @@ def _of_blocks(letters: tuple[str, str, str], x: Array, weight: Narrow, blocks: 
     last, shared = next(reversed(blocks), ""), 1
     if last:
         size = math.prod(x.shape[1:]) // math.prod(blocks.values())
-        shared = math.gcd(blocks[last], depth // size) if 2 * size < depth else 1
+        shared = math.gcd(blocks[last], max(1, depth // size))
     if shared > 1:
         dim = x_letters.index(last)
         block = jnp.arange(x.shape[dim]) // (x.shape[dim] // blocks[last]) % shared
