@@ -149,16 +149,16 @@ def measure_prefix(server: Process, repeats: int) -> dict:
     }
 
 
-def measure_overhead(server: Process, model: Path, rows: int, tokens: int, repeats: int) -> dict:
-    """Processor time a token, in turns: the engine alone, and the server with as many streams at a time.
+def measure_overhead(server: Process, model: Path, streams: int, tokens: int, args: argparse.Namespace) -> dict:
+    """Processor time a token, in turns: an engine as the server's alone, and the server with so many streams at a time.
 
     They are asked for in one request, so that both decode the same batches.
     """
-    engine = Worker("benchmarks.worker_engine", str(model), str(CONTEXT), str(rows))
-    prompts = [" ".join(words()[i * 20 : i * 20 + 20]) for i in range(rows)]
+    engine = Worker("benchmarks.worker_engine", str(model), str(CONTEXT), str(args.rows))
+    prompts = [" ".join(words()[i * 20 : i * 20 + 20]) for i in range(streams)]
     bare, served = [], []
-    for _ in range(repeats + 2):  # of the first two, the second finds its prompts in the cache, all compile
-        bare.append(1e6 * engine.ask("run", prompts=prompts, tokens=tokens)["processor_seconds"] / (rows * tokens))
+    for _ in range(args.repeats + 2):  # of the first two, the second finds its prompts in the cache, all compile
+        bare.append(1e6 * engine.ask("run", prompts=prompts, tokens=tokens)["processor_seconds"] / (streams * tokens))
         one = Asked(0.0, prompts, tokens)
         with server:
             before = server.processor_seconds()
@@ -168,7 +168,7 @@ def measure_overhead(server: Process, model: Path, rows: int, tokens: int, repea
     engine.close()
     ratios = [s / b for s, b in zip(served[2:], bare[2:], strict=True)]
     return {
-        "streams": rows,
+        "streams": streams,
         "engine_us_a_token": spread(bare[2:]),
         "server_us_a_token": spread(served[2:]),
         "ratio": spread(ratios),
@@ -195,7 +195,7 @@ def main() -> None:
         servers = [start_ours(model, log.with_suffix(".ours"), 8180, args.rows)]
         try:
             if "overhead" in what:
-                results["overhead"] = [measure_overhead(servers[0], model, rows, 512, args.repeats) for rows in (1, 8)]
+                results["overhead"] = [measure_overhead(servers[0], model, streams, 512, args) for streams in (1, 8)]
                 print(results["overhead"], flush=True)
             if "prefix" in what:
                 results["prefix"] = measure_prefix(servers[0], args.repeats)

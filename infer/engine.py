@@ -213,11 +213,16 @@ class Engine:
         return self._rounds.has_work
 
     def step(self) -> list[tuple[Request, str]]:
-        """One round: at most one prefill and one decode dispatch, and what the round before has brought.
+        """One round: at most one prefill and one decode dispatch, and what the oldest on its way has brought.
 
         That is every request that advanced, with the text that may be shown now.
         """
         return self._rounds.step()
+
+    @property
+    def spare_seconds(self) -> float:
+        """How long `step` can wait for requests that may come, and the devices do not wait for it."""
+        return self._rounds.spare_seconds
 
     def stats(self) -> EngineStats:
         """Where the engine stands."""

@@ -1,7 +1,7 @@
 """Rounds of a running batch: what is planned is sent, and what the round before sent is read.
 
 A round plans with `infer/scheduler.py`, sends at most one prefill and one decode dispatch (`infer/programs.py`), and
-then reads what the round before it sent, so that the devices never wait for the host. The invariant: whatever is
+then reads the oldest that was sent before it, so that the devices never wait for the host. The invariant: whatever is
 read belongs to a request that still wants it, and goes on exactly where its tokens ended.
 """
 
@@ -22,15 +22,7 @@ from infer.request import Request, pairs
 from infer.sampling import Choice
 from infer.scheduler import Chunk, Scheduler, bucket
 from infer.scheduler import Sequence as Row
-from infer.sizes import (
-    ROW_BASE,
-    ROW_BASE_ELSEWHERE,
-    TABLE_BASE,
-    TABLE_BASE_ELSEWHERE,
-    CacheOptions,
-    page_size,
-    platform,
-)
+from infer.sizes import CacheOptions, bases, page_size, platform
 from infer.speculation import cache_multiple
 from infer.steps import Batch, Held, Prompts, Told, tokens_a_step
 from infer.throughput import EngineStats, Throughput
@@ -90,8 +82,7 @@ class Rounds:
             vocab_size=cfg.vocab_size,
             # Of one row XLA:TPU computes every weight product on the vector unit: twice the time of two.
             least_rows=2 if on == "tpu" else 1,
-            row_base=ROW_BASE.get(on, ROW_BASE_ELSEWHERE),
-            table_base=TABLE_BASE.get(on, TABLE_BASE_ELSEWHERE),
+            **bases(on),
             num_draft_tokens=self._tokens_a_step - 1,
         )
         num_rows = self._num_shards * self._batches.num_rows
@@ -234,28 +225,40 @@ class Rounds:
     # A round.
 
     def step(self, *, prefill_first: bool = False) -> list[tuple[Request, str]]:
-        """Send what is next and read what was sent before; every request that advanced, with text that may be shown.
+        """Send what is next and read the oldest that was sent before.
+
+        Returns every request that advanced, with text that may be shown.
 
         prefill_first: no row decodes while a prompt waits that could be prefilled, as is best where nobody looks on.
         """
-        scheduler = self._scheduler
         # What may come next in a constrained text is known when its last token is.
-        if any(row.request.constraint is not None and row.in_flight for row in scheduler.running):
+        if any(row.request.constraint is not None and row.in_flight for row in self._scheduler.running):
             self._read_early += self._receive(len(self._in_flight))
         late = len(self._in_flight)
-        if prefill_first:
-            chunks = scheduler.plan_prefill()
-            decoding = [] if chunks else scheduler.plan_decode()
-        else:
-            decoding = scheduler.plan_decode()
-            chunks = scheduler.plan_prefill()
+        if late < 2:  # else what is sent would keep waiting what comes next, and the devices have enough to do
+            self._send(prefill_first)
+        news, self._read_early = self._read_early + self._receive(min(late, 1)), []
+        return news
+
+    def _send(self, prefill_first: bool) -> None:
+        """Prompts first, which have waited; then what decodes goes on, and with it those whose prompts have ended."""
+        scheduler = self._scheduler
+        if not prefill_first:
+            scheduler.plan_decode()  # has pages for those that run before others come
+        chunks = scheduler.plan_prefill()
         if chunks:
             self._send_prefill(self._batches.first_of(chunks))
-        if decoding:
-            for rows in self._batches.apart(decoding):
-                self._send_decode(rows)
-        news, self._read_early = self._read_early + self._receive(late), []
-        return news
+        if not (chunks and prefill_first):
+            planned = scheduler.plan_decode()
+            if ready := [row for row in planned if row.request.constraint is None or not row.in_flight]:
+                for rows in self._batches.apart(ready):
+                    self._send_decode(rows)
+
+    @property
+    def spare_seconds(self) -> float:
+        """How long nothing need be sent: until most has run of the one decode dispatch that is on its way."""
+        alone = len(self._in_flight) == 1 and not self._in_flight[0].chunks
+        return self.throughput.spare_seconds(self._in_flight[0].sent) if alone else 0.0
 
     def _send_prefill(self, chunks: list[Chunk]) -> None:
         places, prompts, batch = self._batches.prefill(chunks)

@@ -70,6 +70,12 @@ def platform(mesh: Mesh | AbstractMesh) -> str:
     return mesh.abstract_mesh.abstract_device.platform
 
 
+def bases(platform: str) -> dict[str, int]:
+    """How much coarser the next bucket of rows and that of tables is."""
+    row_base = ROW_BASE.get(platform, ROW_BASE_ELSEWHERE)
+    return {"row_base": row_base, "table_base": TABLE_BASE.get(platform, TABLE_BASE_ELSEWHERE)}
+
+
 def page_size(max_seq_len: int, multiple: int, platform: str) -> int:
     """Tokens of a page, a multiple of what the mesh divides it by; a short context is one page."""
     of_all = PAGE_SIZE.get(platform, PAGE_SIZE_ELSEWHERE) * (multiple if platform == "tpu" else 1)

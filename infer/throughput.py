@@ -6,6 +6,9 @@ The invariant: seconds in which a program compiles belong to no other count.
 import time
 from dataclasses import dataclass, field
 
+# The part of a dispatch after which the next must be sent, or the devices might wait for it.
+_MOST = 0.7
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -40,7 +43,8 @@ class Throughput:
 
     Tokens that were found in the cache are not counted. first_token_seconds is the time from the start of the run to
     its first token, and first_compile_seconds how much of that was compiling.
-    last_read is what the clock showed when the last dispatch had been read. draft_tokens were guessed ahead, and
+    last_read is what the clock showed when the last dispatch had been read, last_decodes the seconds of the last two
+    that decoded. draft_tokens were guessed ahead, and
     accepted_tokens of them rightly.
     """
 
@@ -55,6 +59,7 @@ class Throughput:
     accepted_tokens: int = 0
     began: float = field(default_factory=time.perf_counter)
     last_read: float = 0.0
+    last_decodes: tuple[float, float] = (0.0, 0.0)
 
     def clock(self) -> float:
         """Seconds that do not pass while a program compiles."""
@@ -68,11 +73,20 @@ class Throughput:
             self.prefill_seconds += seconds
         else:
             self.decode_seconds += seconds
+            self.last_decodes = self.last_decodes[1], seconds
         self.prefill_tokens += prefill_tokens
         self.decode_tokens += decode_tokens
         if first and not self.first_token_seconds:
             self.first_token_seconds = time.perf_counter() - self.began
             self.first_compile_seconds = self.compile_seconds
+
+    def spare_seconds(self, dispatched: float) -> float:
+        """Until most has run of a decode dispatch, sent at this time of the clock, if it is as short as the last two.
+
+        The shorter counts: what is sent too early only makes those wait that come next.
+        """
+        began = max(dispatched, self.last_read)
+        return max(0.0, began + _MOST * min(self.last_decodes) - self.clock())
 
     def count_guesses(self, made: int, accepted: int) -> None:
         """So many tokens were guessed ahead, and so many of them rightly."""

@@ -29,6 +29,7 @@ class ScriptedEngine:
         self.fails: Exception | None = None
         self.thread: int | None = None
         self.adapter_names: tuple[str, ...] = ()
+        self.spare_seconds = 0.0
 
     def requests(self, prompts, params, *, adapter=None):
         number = -1 if adapter is None else self.adapter_names.index(adapter)

@@ -97,6 +97,26 @@ def test_what_is_still_being_tokenized_counts_as_waiting(tokenizer):
         assert ask() == 200
 
 
+def test_what_comes_in_spare_time_is_in_the_next_step(tokenizer):
+    server = make_server(tokenizer, lambda _: "word " * 50)
+    engine, together = server.engine, []
+    step = engine.step
+
+    def stepped():
+        together.append(len(engine.queue) + len(engine.running))
+        engine.spare_seconds = 30.0 if len(together) == 1 else 0.0  # with one request, for the other
+        return step()
+
+    add, engine.step = engine.add, stepped
+    engine.add = lambda request: (add(request), setattr(engine, "spare_seconds", 0.0)) if together else add(request)
+    with client_of(server) as client:
+        first = in_a_thread(lambda: client.post("/v1/completions", json={"prompt": "x"}))
+        until(lambda: together)
+        assert client.post("/v1/completions", json={"prompt": "y"}).status_code == 200
+        first.join()
+    assert together[:2] == [1, 2]
+
+
 def test_an_answer_has_at_most_the_tokens_that_are_allowed(tokenizer):
     server = make_server(tokenizer, lambda _: "word " * 50, limits=Limits(max_new_tokens=5))
     hello = {"messages": [{"role": "user", "content": "Hello"}]}

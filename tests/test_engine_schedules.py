@@ -14,6 +14,7 @@ import llama_jax
 from infer.engine import Engine
 from infer.sampling import SamplingParams
 from infer.sizes import CacheOptions
+from infer.throughput import Throughput
 from tests.schedules import (
     CFG,
     PAGE,
@@ -253,6 +254,35 @@ def test_a_constraint_is_asked_before_each_token_and_ends_the_text():
         under_test.step()
     assert (constrained.result.tokens, constrained.result.finish_reason) == ([5, 4, 3, 2, 1], "stop")
     assert plain.result.tokens == list(alone(tuple(STEM[:20]), plain.params))
+
+
+def test_a_prompt_that_comes_is_computed_next_and_its_first_token_waits_for_nothing_else(monkeypatch):
+    under_test, sent = engine(64, 16), []
+    running, coming = under_test.requests([STEM[:9], 30 * [5]], SamplingParams(max_new_tokens=20))
+    under_test.add(running)
+    while len(running.result.tokens) < 4:
+        under_test.step()
+    programs = under_test._rounds.programs
+    for name in ("prefill", "decode"):
+        call = getattr(programs, name)
+        monkeypatch.setattr(programs, name, lambda *a, name=name, call=call, **k: sent.append(name) or call(*a, **k))
+    under_test.add(coming)
+    steps = [(len(under_test.step()), len(coming.result.tokens), list(sent)) for _ in range(4)]
+    # A chunk of 16 tokens, then the rest of the prompt with which it decodes at once; nothing is sent ahead of need.
+    first, rest = ["prefill", "decode"], 2 * ["prefill", "decode"]
+    assert steps == [(1, 0, first), (0, 0, first), (1, 0, rest), (1, 1, rest)]
+    while under_test.has_work:
+        under_test.step()
+    for request in (running, coming):
+        assert request.result.tokens == list(alone(tuple(request.result.prompt_tokens), request.params))
+
+
+def test_time_is_spare_until_most_of_what_runs_has_run():
+    throughput = Throughput()
+    assert throughput.spare_seconds(throughput.clock()) == 0
+    throughput.last_decodes = 40.0, 20.0
+    assert 13 < throughput.spare_seconds(throughput.clock()) < 14.01  # of the shorter, and long ago
+    assert throughput.spare_seconds(throughput.clock() - 15) == 0
 
 
 def test_of_several_candidates_the_best_are_given_best_first():

@@ -149,10 +149,11 @@ class Worker:
         self._tell(self.closed.set)
 
     def _take_inbox(self) -> bool:
-        """Do what has arrived, waiting for something to do; false when told to stop."""
+        """Do what has arrived, and arrives while there is nothing better to do; false when told to stop."""
         while True:
+            spare = self.engine.spare_seconds if self.engine.has_work else None
             try:
-                message = self._inbox.get(block=not self.engine.has_work)
+                message = self._inbox.get(block=spare != 0, timeout=spare)
             except queue.Empty:
                 return True
             if message is None:
