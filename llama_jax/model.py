@@ -10,6 +10,7 @@ K KV heads, G query heads per KV head, H head dimension, L layers.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -33,6 +34,9 @@ from llama_jax.rope import rope_angles, rotate
 Layout = Literal["stacked", "layers"]
 
 INIT_STDDEV = 0.02
+
+# Tokens whose columns of the embedding a device looks up at once: at a TPU's 128 lanes 1 GiB in float32.
+_MOST_LOOKED_UP = 2**21
 
 
 def weight(
@@ -284,7 +288,8 @@ class Llama(nnx.Module):
         """Rows of the embedding: int32 [B, T] -> [B, T, D], T split as this logical axis.
 
         The table is never gathered: each device looks up its columns for all tokens of those that it
-        shares the table with, then they exchange columns for tokens.
+        shares the table with, then they exchange columns for tokens; of many tokens a part at a time, because
+        few columns fill whole lanes.
         """
         table, split = self.embedding[...], self.rules("batch", stream)
         dims = {axis: dim for dim, part in enumerate(split) for axis in mesh_axes(part)}
@@ -294,14 +299,24 @@ class Llama(nnx.Module):
         def look_up(table: Array, tokens: Array) -> Array:
             for axis in exchanged:
                 tokens = lax.all_gather(tokens, axis, axis=dims[axis], tiled=True)
-            # Looked up in float32, so that the gradients of a token's places are added up in it.
-            x = table.astype(jnp.float32)[tokens].astype(table.dtype)
+            x = table[tokens].astype(self.embedding[...].dtype)
             for axis in reversed(exchanged):
                 x = lax.all_to_all(x, axis, dims[axis], 2, tiled=True)
             return x
 
+        def look_up_in_parts(table: Array, tokens: Array) -> Array:
+            # Looked up in float32, so that the gradients of a token's places are added up in it.
+            look = functools.partial(look_up, table.astype(jnp.float32))
+            batch, length = tokens.shape
+            num_looked_up = tokens.size * math.prod(lax.axis_size(axis) for axis in exchanged)
+            num_parts = math.gcd(length, 1 << (num_looked_up // _MOST_LOOKED_UP).bit_length())
+            if num_parts == 1:
+                return look(tokens)
+            x = lax.map(look, tokens.reshape(batch, num_parts, -1).swapaxes(0, 1))
+            return x.swapaxes(0, 1).reshape(batch, length, -1)
+
         run = jax.shard_map(
-            look_up,
+            look_up_in_parts,
             in_specs=(self.rules(None, "columns"), split),
             out_specs=PartitionSpec(*split, kept or None),
         )

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec, reshard
 
-from llama_jax import attention
+from llama_jax import attention, model
 from llama_jax.attention import Tokens, blocked_attention, self_attend
 from llama_jax.kernels.splash import splash_attention
 from llama_jax.kernels.tiled import TILE, tiled_attention
@@ -169,3 +169,26 @@ def test_a_sequence_that_has_not_two_chunks_a_device_is_refused():
         tokens = jnp.zeros((1, 12), jnp.int32)
         with pytest.raises(ValueError, match="a sequence of 12 tokens cannot be split .* use a multiple of 8"):
             model.hidden(tokens, tokens)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4", "fsdp=2,context=2"])
+def test_an_embedding_looked_up_in_parts_is_the_same_with_the_same_gradient(mesh, monkeypatch):
+    tokens = np.random.default_rng(0).integers(0, SMALL.vocab_size, (4, 16)).astype(np.int32)
+
+    def embedded() -> tuple[np.ndarray, np.ndarray]:
+        with use_mesh(mesh):
+            llama = Llama(SMALL, rngs=nnx.Rngs(0))
+            definition, params = nnx.split(llama)
+
+            def summed(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+                x = nnx.merge(definition, params).embed(jnp.asarray(tokens), "sequence")
+                weights = reshard(jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), jax.typeof(x).sharding.spec)
+                return (x * weights).sum(), x
+
+            (_, x), gradients = jax.jit(jax.value_and_grad(summed, has_aux=True))(params)
+            return np.asarray(x), np.asarray(gradients["embedding"][...])
+
+    whole = embedded()
+    monkeypatch.setattr(model, "_MOST_LOOKED_UP", 16)
+    for in_parts, at_once in zip(embedded(), whole, strict=True):
+        np.testing.assert_allclose(in_parts, at_once, rtol=1e-6)
