@@ -20,11 +20,15 @@ GIB = 2**30
 
 # What the program may take at most; docs/tpu-step.md says what it took, and what MaxText's does.
 BOUNDS = {
-    "8b-v4-64-b1": {"peak": 5.5 * GIB, "matmul": 462e12, "copied": 12.5 * GIB, "moved": 43.5 * GIB, "seconds": 3.0},
+    "8b-v4-64-b1": {"peak": 6.0 * GIB, "matmul": 462e12, "copied": 12.5 * GIB, "moved": 43.5 * GIB, "seconds": 2.9},
+    "8b-v4-64-b2": {"peak": 13.2 * GIB, "matmul": 923e12, "copied": 24 * GIB, "moved": 43.5 * GIB, "seconds": 5.45},
 }
 
+# Products over half of all pairs that attention's kernels compute: 11 a row of a chip, and 9 where its result is kept.
+PRODUCTS = {"8b-v4-64-b1": 11, "8b-v4-64-b2": 2 * 9}
 
-@pytest.mark.parametrize("row", BOUNDS)
+
+@pytest.mark.parametrize("row", ["8b-v4-64-b1", pytest.param("8b-v4-64-b2", marks=pytest.mark.slow)])
 def test_the_step_needs_no_more_memory_work_copies_or_traffic_than_it_did(row):
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks.plan_table", "--row", row, "--json"],
@@ -44,5 +48,4 @@ def test_the_step_needs_no_more_memory_work_copies_or_traffic_than_it_did(row):
         "seconds": found["estimated_step_seconds"],
     }
     assert all(measured[name] <= bound for name, bound in BOUNDS[row].items()), measured
-    # Attention's kernels are found and counted: with full remat 11 products over half of all pairs.
-    assert found["kernel_flops_per_chip"] == pytest.approx(32 * 11 * 32 * 8192**2 * 128, rel=1e-3)
+    assert found["kernel_flops_per_chip"] == pytest.approx(32 * PRODUCTS[row] * 32 * 8192**2 * 128, rel=1e-3)
