@@ -22,7 +22,7 @@ from jax import Array
 from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
 
-from llama_jax.kernels import narrow
+from llama_jax.kernels import narrow, narrow_cpu
 from llama_jax.schemes import Quantization
 
 _DEPTH = 64  # of products on TPUs, by docs/plan.md: half of the matrix unit's
@@ -184,7 +184,10 @@ def _multiply(how: _Product, x: Array, weight: QuantizedArray, *, forward: bool)
 
     def local(x: Array, scale: Array | None, weight: QuantizedArray) -> Array:
         plain = weight.plain()
-        out = narrow.product(how.subscripts, x, plain, depth=_DEPTH if platform == "tpu" else 0)
+        if forward and platform == "cpu" and narrow_cpu.suits(how.subscripts, x, plain):
+            out = narrow_cpu.product(how.subscripts, x, plain)
+        else:
+            out = narrow.product(how.subscripts, x, plain, depth=_DEPTH if platform == "tpu" else 0)
         if scale is not None:
             out = out * scale.reshape(*scale.shape, *(1,) * (out.ndim - scale.ndim))
         out = out.astype(how.out_dtype)

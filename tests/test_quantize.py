@@ -1,5 +1,8 @@
 """Quantized weights: what rounding costs, and their products against those of the same weights as floats."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +10,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.kernels import narrow as kernel
+from llama_jax.kernels import narrow_cpu
 from llama_jax.kernels.narrow import NF4, round_inputs
 from llama_jax.mesh import use_mesh
 from llama_jax.quantize import QuantizedArray, block_spec, einsum
 from llama_jax.rounding import quantized
-from llama_jax.schemes import SCHEMES, find_scheme
+from llama_jax.schemes import SCHEMES, Quantization, find_scheme
 
 # The products of the model: subscripts, sizes of the letters, dimensions of the weight that are inputs.
 SIZES = {"B": 8, "T": 2, "D": 256, "K": 2, "G": 2, "H": 64, "F": 128}
@@ -88,6 +92,28 @@ def test_small_groups_may_share_a_product(subscripts):
     x, narrow = x[:2, :1], quantized(weight, find_scheme("int4-asym"), PRODUCTS[subscripts]).plain()
     out, expected = (kernel.product(subscripts, x, narrow, depth=depth) for depth in (128, 0))
     np.testing.assert_allclose(out, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-g128-asym", "fp8"])
+@pytest.mark.parametrize("subscripts", PRODUCTS)
+def test_a_product_of_few_rows_is_that_of_the_dequantized_weight(name, subscripts, rows):
+    x, weight = operands(subscripts)
+    x = x[:rows, :1]
+    narrow = quantized(weight, find_scheme(name), PRODUCTS[subscripts])
+    narrow = dataclasses.replace(narrow, rest=Quantization())  # with activations as they are
+    assert narrow_cpu.suits(subscripts, x, narrow.plain())
+    out = jax.jit(lambda x, w: einsum(subscripts, x, w, out_sharding=plain(subscripts)))(x, narrow)
+    expected = jnp.einsum(subscripts, x, narrow.dequantize())
+    np.testing.assert_allclose(out, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
+
+
+def test_a_loop_of_decode_steps_does_not_widen_weights_before_it():
+    x, weight = random("BTD", 0)[:1, :1], random("DF", 1)
+    square = quantized(weight @ weight.T, find_scheme("int8"), (0,))
+    step = functools.partial(einsum, "BTD,DF->BTF", out_sharding=P(None, None, None))
+    loop = jax.jit(lambda x, w: jax.lax.fori_loop(0, 4, lambda _, x: step(x, w), x))
+    assert loop.lower(x, square).compile().memory_analysis().temp_size_in_bytes < square.values.nbytes
 
 
 @pytest.mark.parametrize("name", ["int8-a8", "fp8"])
