@@ -4,12 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
-# Compiling dominates tests of tiny models; without LLVM's expensive passes it takes a third of the time, and a third of
-# that without the emitters of fused loops.
+# Compiling dominates tests of tiny models; without LLVM's expensive passes it takes a third of the time.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_cpu_use_fusion_emitters=false"
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
 import jax

@@ -19,12 +19,15 @@ from train.checkpoints import newest_whole
 from train.faults.interruption import EXIT_PREEMPTED
 from train.watching.metrics import read_metrics
 
+# Small programs compile quickly without the passes that make them fast.
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 
 def start(run_dir: str, *options: str, processes: int = 1, mesh: str = "fsdp=-1") -> list[subprocess.Popen]:
     """Stage 1 of the tiny run, in so many processes of one device each."""
     address, started = free_address(), []
     for process in range(processes):
-        own = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        own = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": FLAGS}
         if processes > 1:
             own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(process)}
             own["JAX_NUM_PROCESSES"] = str(processes)
