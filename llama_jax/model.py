@@ -292,6 +292,7 @@ class Llama(nnx.Module):
         few columns fill whole lanes.
         """
         table, split = self.embedding[...], self.rules("batch", stream)
+        dtype = table.dtype
         dims = {axis: dim for dim, part in enumerate(split) for axis in mesh_axes(part)}
         exchanged = tuple(axis for axis in self.rules.columns if axis in dims)
         kept = tuple(axis for axis in self.rules.columns if axis not in dims)
@@ -299,7 +300,7 @@ class Llama(nnx.Module):
         def look_up(table: Array, tokens: Array) -> Array:
             for axis in exchanged:
                 tokens = lax.all_gather(tokens, axis, axis=dims[axis], tiled=True)
-            x = table[tokens].astype(self.embedding[...].dtype)
+            x = table[tokens].astype(dtype)
             for axis in reversed(exchanged):
                 x = lax.all_to_all(x, axis, dims[axis], 2, tiled=True)
             return x

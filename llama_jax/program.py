@@ -69,8 +69,8 @@ class Program:
     """Work of one device in one run: FLOPs of matrix products, the compiler's estimated cycles, bytes, calls.
 
     collectives: bytes of each. kernels: calls of each Pallas kernel by name; kernel_flops: their
-    FLOPs, of those known to be attention. copied_bytes: of copies within one memory. buffers: the
-    arrays that it makes, not all of them at once.
+    FLOPs, of those known to be attention. copied_bytes: of copies within one memory, in a fusion of
+    one that it makes. buffers: the arrays that it makes, not all of them at once.
     """
 
     matmul_flops: float = 0.0
@@ -132,12 +132,13 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:
 
 
 def _count(
-    program: Program, computations: dict[str, _Computation], name: str, times: float, *, fused: bool = False
+    program: Program, computations: dict[str, _Computation], name: str, times: float, *, fusions: int = 0
 ) -> None:
-    """Add what a computation does, run this often; what is fused makes no arrays in between."""
+    """Add what a computation does, run this often, within so many fusions, which make no arrays in between."""
     inside = computations[name]
+    *_, root = inside.values()
     for instruction in inside.values():
-        if not fused and instruction.opcode not in _NO_ARRAY:
+        if not fusions and instruction.opcode not in _NO_ARRAY:
             program.buffers.update(_buffers(instruction))
         if found := _CYCLES.search(instruction.rest):
             program.cycles += times * int(found[1])
@@ -145,7 +146,7 @@ def _count(
         if opcode in ("dot", "convolution"):
             flops = _dot_flops if opcode == "dot" else _convolution_flops
             program.matmul_flops += times * flops(instruction, inside)
-        elif opcode == "copy":
+        elif opcode == "copy" and (not fusions or (fusions == 1 and instruction is root)):
             program.copied_bytes += times * _num_bytes(instruction)
         elif opcode.removesuffix("-start") in COLLECTIVES:
             _count_collective(program, instruction, inside, name, times)
@@ -155,7 +156,7 @@ def _count(
         elif opcode == "custom-call":
             _count_kernel(program, instruction, inside, times)
         for called, turns in _called(instruction, inside, computations):
-            _count(program, computations, called, times * turns, fused=fused or instruction.opcode == "fusion")
+            _count(program, computations, called, times * turns, fusions=fusions + (opcode == "fusion"))
 
 
 def _buffers(instruction: _Instruction) -> Iterator[Buffer]:

@@ -114,6 +114,22 @@ def test_cycles_copies_and_what_a_fusion_calls_are_summed():
     assert (program.cycles, program.copied_bytes, program.matmul_flops) == (280, 64, 2 * 4 * 16 * 8 * 32)
 
 
+def test_a_copy_in_a_fusion_counts_where_it_is_what_the_fusion_makes():
+    turned = "%p = f32[8,2]{1,0} parameter(0)\n  %c = f32[8,2]{0,1} copy(%p)"
+    before = (
+        f"%made (p: f32[8,2]) -> f32[8,2] {{\n  {turned.replace('%c', 'ROOT %c')}\n}}\n\n"
+        "%within (p: f32[8,2]) -> f32[8,2] {\n  %p = f32[8,2]{1,0} parameter(0)\n"
+        "  %i = f32[8,2]{0,1} fusion(%p), kind=kLoop, calls=%made\n  ROOT %n = f32[8,2]{0,1} negate(%i)\n}\n\n"
+        f"%passed (p: f32[8,2]) -> f32[8,2] {{\n  {turned}\n  ROOT %n = f32[8,2]{{0,1}} negate(%c)\n}}\n"
+    )
+
+    def copied(name: str) -> float:
+        line = f"%f = f32[8,2]{{0,1}} fusion(%x), kind=kLoop, calls=%{name}"
+        return read_program(module("%x = f32[8,2]{1,0} parameter(0)", line, before=before)).copied_bytes
+
+    assert [copied(name) for name in ("made", "within", "passed")] == [64, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("line", "collective", "size"),
     [
