@@ -224,7 +224,7 @@ def einsum(
     """
     if not isinstance(weight, Array):
         return weight.product(subscripts, x, out_sharding=out_sharding, out_dtype=out_dtype)
-    subscripts = _contract_in_weight_order(subscripts)
+    subscripts = narrow.in_weight_order(subscripts)
     of_x, of_weight, of_result = re.split(",|->", subscripts)
     specs = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec, out_sharding
     joined = _joined((of_x, of_weight, of_result), specs)
@@ -273,14 +273,3 @@ def _joined(operands: tuple[str, str, str], specs: tuple[PartitionSpec, ...]) ->
 
     pairs = (pair for letters in operands[:2] for pair in pairwise(letters))
     return {after for before, after in pairs if after not in split and where(before) == where(after)}
-
-
-def _contract_in_weight_order(subscripts: str) -> str:
-    """The same product with contracted letters renamed to rise in the order of the weight's dimensions.
-
-    jnp.einsum contracts letters in alphabetical order; where that is not the weight's own
-    ("BTKGH,KGHD->BTD"), XLA:CPU transposes the whole weight at every decode step.
-    """
-    operands, result = subscripts.split("->")
-    contracted = "".join(letter for letter in operands.split(",")[1] if letter not in result)
-    return subscripts.translate(str.maketrans(contracted, "abcd"[: len(contracted)]))

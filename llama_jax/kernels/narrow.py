@@ -7,6 +7,7 @@ Letters: N tokens; a contracted letter (D) in lower case (d) counts its blocks, 
 """
 
 import math
+import string
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -176,8 +177,21 @@ def _of_blocks(letters: tuple[str, str, str], x: Array, weight: Narrow, blocks: 
     x_letters, x = _split(x_letters, x, together)
     w_letters, values = _split(w_letters, values, together)
     by_block = "".join(together).lower() + ("z" if shared > 1 else "")
-    parts = jnp.einsum(f"{x_letters},{w_letters}->{by_block}{result}", x, values, preferred_element_type=total)
+    subscripts = in_weight_order(f"{x_letters},{w_letters}->{by_block}{result}")
+    parts = jnp.einsum(subscripts, x, values, preferred_element_type=total)
     return parts.reshape(*blocks.values(), *parts.shape[len(by_block) :])
+
+
+def in_weight_order(subscripts: str) -> str:
+    """The same product with contracted letters renamed to rise in the order of the weight's dimensions.
+
+    jnp.einsum contracts letters in alphabetical order; where that is not the weight's own
+    ("NKGH,KGHD->ND"), XLA transposes the whole weight at every decode step.
+    """
+    operands, result = subscripts.split("->")
+    contracted = "".join(letter for letter in operands.split(",")[1] if letter not in result)
+    free = "".join(letter for letter in sorted(string.ascii_letters) if letter not in subscripts)
+    return subscripts.translate(str.maketrans(contracted, free[: len(contracted)]))
 
 
 def _split(letters: str, x: Array, blocks: dict[str, int]) -> tuple[str, Array]:
