@@ -22,13 +22,14 @@ from infer.sampling import SamplingParams
 from llama_jax.config import PRESETS
 from llama_jax.memory import abstract_model, bytes_a_device
 from llama_jax.program import read_program
+from llama_jax.schemes import find_scheme
 from llama_jax.slices import parse_slice, use_slice
 
 num_layers, cases = map(json.loads, sys.argv[1:])
-for preset, slice_name, mesh, batch, context in cases:
+for preset, scheme, slice_name, mesh, batch, context in cases:
     cfg = dataclasses.replace(PRESETS[preset], num_layers=num_layers)
     with use_slice(parse_slice(slice_name), mesh):
-        model = abstract_model(cfg, "bfloat16", layout="layers")
+        model = abstract_model(cfg, "bfloat16", find_scheme(scheme) if scheme else None, layout="layers")
         engine = Engine(model, max_seq_len=context, steps_per_dispatch=1)
         params = SamplingParams(max_new_tokens=128)
         _, decode, caches = engine.lower(engine.requests([[0] * (context - 128)] * batch, params))
@@ -46,15 +47,16 @@ for preset, slice_name, mesh, batch, context in cases:
     }))
 """
 
-# Preset, slice, mesh, prompts, context, and the collectives of a layer: one after each of its two blocks; where
+# Preset, scheme, slice, mesh, prompts, context, and the collectives of a layer: one after each of its two blocks; where
 # query heads that share keys are apart, they are gathered, and the softmax's maximum and sums merged.
 CASES = {
-    "8b-1": ("llama3.1-8b", "v4:1x1x1", "tensor=1", 8, 8192, 0),
-    "8b-4": ("llama3.1-8b", "v4:2x2x1", "tensor=4", 8, 8192, 2),
-    "8b-8": ("llama3.1-8b", "v4:2x2x2", "tensor=8", 8, 8192, 2),
-    "70b-8": ("llama3.1-70b", "v4:2x2x2", "tensor=8", 8, 8192, 2),
-    "70b-16": ("llama3.1-70b", "v4:2x2x4", "tensor=16", 8, 8192, 5),
-    "405b-32-128k": ("llama3.1-405b", "v4:2x4x4", "tensor=32", 1, 131_072, 5),
+    "8b-1": ("llama3.1-8b", None, "v4:1x1x1", "tensor=1", 8, 8192, 0),
+    "8b-1-int8": ("llama3.1-8b", "int8", "v4:1x1x1", "tensor=1", 8, 8192, 0),
+    "8b-4": ("llama3.1-8b", None, "v4:2x2x1", "tensor=4", 8, 8192, 2),
+    "8b-8": ("llama3.1-8b", None, "v4:2x2x2", "tensor=8", 8, 8192, 2),
+    "70b-8": ("llama3.1-70b", None, "v4:2x2x2", "tensor=8", 8, 8192, 2),
+    "70b-16": ("llama3.1-70b", None, "v4:2x2x4", "tensor=16", 8, 8192, 5),
+    "405b-32-128k": ("llama3.1-405b", None, "v4:2x4x4", "tensor=32", 1, 131_072, 5),
 }
 
 
