@@ -166,7 +166,7 @@ TRAINING = {
         1024,
         8192,
         "fsdp=512",
-        remat="offload_qkv",
+        remat="offload",
         peers=(Published("recipe, 64 GiB offloaded; under", 95.0, 50660, 116.76, 1545.2, 767.7, 9, overlapped=True),),
     ),
     "405b-v4-2048-128k": Training("llama3.1-405b", "v4:8x16x16", 128, 131_072, "fsdp=128,context=16", remat="offload"),
