@@ -15,11 +15,12 @@ import llama_jax
 from benchmarks.environment import environment, print_results, spread
 from benchmarks.shapes import SHAPES, decode_bytes, describe, prefill_flops, train_flops
 from benchmarks.worker_llama_jax import Inference, Training, product_limits
+from llama_jax.chips import CHIPS
 from llama_jax.config import LlamaConfig
 from llama_jax.devices import open_devices
 from llama_jax.entry import run_entry
 from llama_jax.model import Llama
-from llama_jax.slices import CHIPS, chip_kind
+from llama_jax.slices import chip_kind
 
 DECODE_ROWS = (1, 8, 32)
 DECODE_LENGTH, DECODE_STEPS = 512, 64

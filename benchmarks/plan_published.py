@@ -10,9 +10,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llama_jax.chips import GIB
 from llama_jax.entry import run_entry
 from llama_jax.plan import Plan, table
-from llama_jax.slices import GIB, parse_slice
+from llama_jax.slices import parse_slice
 from train.config import read_config
 from train.plan import plan_phase
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from benchmarks.environment import environment
 from infer.plan import GenerationPlan, plan_generation
 from infer.workload import Workload
+from llama_jax.chips import GIB
 from llama_jax.config import PRESETS
 from llama_jax.entry import run_entry
 from llama_jax.plan import KERNEL_EFFICIENCY, Plan, table
-from llama_jax.slices import GIB, parse_slice
+from llama_jax.slices import parse_slice
 from train.config import read_config
 from train.plan import plan_phase
 

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, get_mesh
 
+from llama_jax.chips import GIB
 from llama_jax.memory import bytes_left
 from llama_jax.mesh import mesh_text
 from llama_jax.program import Buffer, Collective, Program, read_program
-from llama_jax.slices import GIB, Device, Slice, attached_slice, wraps
+from llama_jax.slices import Device, Slice, attached_slice, wraps
 
 # Share of a chip's peak at which attention kernels are taken to run, and of a GPU's all that it computes.
 KERNEL_EFFICIENCY = 0.6

@@ -258,7 +258,7 @@ def test_a_constraint_is_asked_before_each_token_and_ends_the_text():
 
 def test_a_prompt_that_comes_is_computed_next_and_its_first_token_waits_for_nothing_else(monkeypatch):
     under_test, sent = engine(64, 16), []
-    running, coming = under_test.requests([STEM[:9], 30 * [5]], SamplingParams(max_new_tokens=20))
+    running, coming = under_test.requests([STEM[:9], STEM[31:] + STEM[10:31]], SamplingParams(max_new_tokens=20))
     under_test.add(running)
     while len(running.result.tokens) < 4:
         under_test.step()

@@ -14,7 +14,7 @@ PACKAGES = ("llama_jax", "train", "infer")
 # A file imports from lower floors, or from its own without a circle.
 FLOORS = (
     tuple(
-        "config mesh paths gguf gguf_tokenizer tokenizer template chat progress slices program devices peers "
+        "config mesh paths gguf gguf_tokenizer tokenizer template chat progress chips slices program devices peers "
         "entry tree".split()
     ),
     ("rope", "quantize", "schemes", "rounding", "kernels", "remat"),

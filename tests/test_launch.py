@@ -17,8 +17,9 @@ import llama_jax.peers
 import train.faults.interruption
 import train.faults.watchdog
 from infer.generate import main as generate
+from llama_jax.chips import CHIPS
 from llama_jax.mesh import parse_mesh, sharding_rules
-from llama_jax.slices import CHIPS, parse_slice, slice_shapes
+from llama_jax.slices import parse_slice, slice_shapes
 from tests.test_train_config import abstract_mesh
 from train.config import read_config
 from train.prepare import main as prepare

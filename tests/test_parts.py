@@ -69,8 +69,9 @@ def test_a_stopped_run_leaves_no_process_and_the_same_command_goes_on_to_the_sam
     text, expected, tmp_path, capsys, ending
 ):
     script = (
-        "import sys, time; from llama_jax.entry import run_entry; from train import prepare; "
+        "import signal, sys, time; from llama_jax.entry import run_entry; from train import prepare; "
         "from train.preparation import sources\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has ignored\n"
         "prepare._write = lambda *_: time.sleep(60)  # or it may end before the signal comes\n"
         f"sources.PART_BYTES = {PART_BYTES}; run_entry(lambda: prepare.main(sys.argv[1:]))"
     )

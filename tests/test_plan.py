@@ -19,10 +19,11 @@ import llama_jax.slices
 import train.plan
 from infer.generate import main as generate
 from infer.serve import main as serve
+from llama_jax.chips import CHIPS
 from llama_jax.mesh import use_mesh
 from llama_jax.plan import _refused, collective_seconds, plan, rows
 from llama_jax.program import Collective, read_program
-from llama_jax.slices import CHIPS, parse_slice
+from llama_jax.slices import parse_slice
 from tests.test_train import workdir  # noqa: F401
 from tests.tiny import TINY
 from train.checkpoints import initial_state

@@ -5,7 +5,8 @@ import math
 import jax
 import pytest
 
-from llama_jax.slices import CHIPS, Slice, open_slice, parse_slice, slice_shapes, smallest_slice, use_slice, wraps
+from llama_jax.chips import CHIPS
+from llama_jax.slices import Slice, open_slice, parse_slice, slice_shapes, smallest_slice, use_slice, wraps
 
 
 @pytest.mark.parametrize(

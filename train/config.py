@@ -16,9 +16,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from llama_jax.chips import CHIPS
 from llama_jax.config import PRESETS, LlamaConfig, set_field
 from llama_jax.schemes import Scheme, find_scheme
-from llama_jax.slices import CHIPS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, get_mesh
 
 from llama_jax.attempts import advise
+from llama_jax.chips import GIB
 from llama_jax.config import LlamaConfig
 from llama_jax.devices import model_name, use_compilation_cache
 from llama_jax.entry import say
@@ -25,7 +26,7 @@ from llama_jax.mesh import ShardingRules, tensor_axes
 from llama_jax.model import Llama, padded_vocab
 from llama_jax.plan import Plan, Terms, check_directory, gib, plan, rank, rows, sources, summary, table
 from llama_jax.program import Buffer
-from llama_jax.slices import GIB, Slice, all_slices, parse_slice, use_slice
+from llama_jax.slices import Slice, all_slices, parse_slice, use_slice
 from llama_jax.tree import leaf_name
 from train.checkpoints import initial_state
 from train.config import PhaseConfig, TrainConfig

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from llama_jax.chips import CHIPS
 from llama_jax.paths import is_remote, staged_file
 
 METRICS_FILE = "metrics.jsonl"
@@ -162,7 +163,7 @@ class MetricsLog:
 
 def peak_flops(devices: Iterable[Any]) -> float:
     """FLOP/s in dense bfloat16 that these devices can do together, 0.0 if that is not known of all."""
-    from llama_jax.slices import CHIPS, chip_kind  # with jax, which `train.report --help` need not wait for
+    from llama_jax.slices import chip_kind  # with jax, which `train.report --help` need not wait for
 
     peaks = [CHIPS[chip_kind(device)].flops for device in devices]
     return sum(peaks) if all(peaks) else 0.0
