@@ -44,8 +44,7 @@ class Throughput:
     Tokens that were found in the cache are not counted. first_token_seconds is the time from the start of the run to
     its first token, and first_compile_seconds how much of that was compiling.
     last_read is what the clock showed when the last dispatch had been read, last_decodes the seconds of the last two
-    that decoded. draft_tokens were guessed ahead, and
-    accepted_tokens of them rightly.
+    that decoded. draft_tokens were guessed ahead, and accepted_tokens of them rightly.
     """
 
     compile_seconds: float = 0.0

@@ -168,6 +168,7 @@ def test_no_thread_is_left_behind(rows, error):
     except (KeyboardInterrupt, ValueError):
         pass
     until(no_thread_reads)
+    assert no_thread_reads()
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "fsdp=8", "data=2,context=2,tensor=2", "context=8"])

@@ -218,8 +218,8 @@ class RunConfig:
     quantize: the scheme by which every product rounds its weights while their float32 form is trained ("" for none),
     of those that inference has. loss_chunks: into how many parts of the vocabulary the loss takes its logits.
     micro_batch_tokens: the most tokens that a device takes at a time, 0 for its share of the whole batch; gradients
-    of the parts are added up in float32. compiler_options: XLA's for the step, by platform
-    (tpu, gpu, cpu) or by chip (v5p), whose go before its platform's.
+    of the parts are added up in float32. compiler_options: XLA's for the step, by platform (tpu, gpu, cpu)
+    or by chip (v5p), whose go before its platform's.
     """
 
     seed: int = 0
