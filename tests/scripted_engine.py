@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ class ScriptedEngine:
         self.max_seq_len, self.max_batch_size, self.seconds_a_step = max_seq_len, max_batch_size, seconds_a_step
         self.cfg = SimpleNamespace(vocab_size=tokenizer.vocab_size, embed_dim=8)
         self.queue: deque[Request] = deque()
-        self.running: dict[Request, list[int]] = {}
+        self.running: dict[Request, Iterator[int]] = {}
         self.aborted: list[Request] = []
         self.fails: Exception | None = None
         self.thread: int | None = None
@@ -77,7 +78,8 @@ class ScriptedEngine:
             reply = self.reply(self.tokenizer.decode(request.result.prompt_tokens))
             by = "" if request.adapter < 0 else f"{self.adapter_names[request.adapter]}: "
             said = self.tokenizer.encode(by + reply)
-            self.running[request] = [*self._special(said), min(self.tokenizer.stop_ids)]
+            script = [*self._special(said), min(self.tokenizer.stop_ids)]
+            self.running[request] = cycle(script)  # again and again for who ignores its end
         return [self._advance(request) for request in list(self.running)]
 
     def _special(self, tokens):
@@ -88,11 +90,9 @@ class ScriptedEngine:
         return tokens
 
     def _advance(self, request):
-        left, params = self.running[request], request.params
-        new, self.running[request] = left[:TOKENS_A_STEP], left[TOKENS_A_STEP:]
-        for token in new:
-            request.result.top_logprobs.append([(token, -0.5), (5, -1.0)][: params.logprobs])
-        text = request.push(np.array(new), np.full(len(new), -0.5))
+        new = list(islice(self.running[request], TOKENS_A_STEP))
+        likeliest = [[(token, -0.5), (5, -1.0)][: request.params.logprobs] for token in new]
+        text = request.push(np.array(new), np.full(len(new), -0.5), likeliest)
         if not request.unfinished:
             del self.running[request]
         return request, text
