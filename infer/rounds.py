@@ -26,10 +26,10 @@ from infer.sizes import CacheOptions, bases, page_size, platform
 from infer.speculation import cache_multiple
 from infer.steps import Batch, Held, Prompts, Told, tokens_a_step
 from infer.throughput import EngineStats, Throughput
+from infer.warm import warm_up
 from llama_jax.attention import gathers_pages
 from llama_jax.entry import say
 from llama_jax.model import Llama
-from llama_jax.progress import progress
 
 # Prefill and decode, and what they hold, abstract.
 Lowered = tuple[jax.stages.Lowered, jax.stages.Lowered, Held]
@@ -353,15 +353,13 @@ class Rounds:
     # Programs.
 
     def warmup(self) -> None:
-        """Compile every bucket: those of batches with penalties, masks or log-probabilities, and of those without."""
+        """Compile every bucket, and run each once if no request is under way (infer/warm.py)."""
         self.open()
-        batches = self._batches
-        decode, prefill, texts = list(batches.every_decode()), list(batches.every_prefill()), list(batches.every_text())
-        with progress(len(decode) + len(prefill) + len(texts), desc="compiling", unit=" programs") as bar:
-            self.programs.warm(decode, prefill, texts, bar.update)
-        nowhere = np.full(self._num_shards, self._batches.num_rows, np.int32)
-        nothing = filled_up([], self._batches.pages_a_row * self._batches.page_size)
-        self.programs.remember(nowhere, nothing, nothing)
+        pools = self._scheduler.pools
+        pages = None if self.has_work else [page for pool in pools for page in pool.take(1)]
+        warm_up(self.programs, self._batches, pages)
+        for pool, page in zip(pools, pages or (), strict=False):
+            pool.give_back([page])
 
     def lower(self, requests: Sequence[Request]) -> Lowered:
         """The last prefill and decode of requests, were they alone, and what they hold, on the ambient mesh."""

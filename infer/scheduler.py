@@ -20,6 +20,9 @@ from infer.pages import PagePool, extend_names
 # Chunks of a prompt are padded to a power of two, or four, times as many tokens.
 MIN_CHUNK = 16
 
+# Those of so many tokens and more that begin a prompt also to what lies halfway: what pads them takes as long.
+HALVED_FROM = 128
+
 # A shard is clearly more loaded than another by this part of its rows.
 SLACK = 2
 
@@ -37,7 +40,11 @@ def bucket(number: int, limit: int | None = None, multiple: int = 1, *, base: in
 
 def chunk_length(tokens: int, limit: int, *, fresh: bool) -> int:
     """To how many tokens a chunk is padded, at most limit; coarser where a table makes for more programs."""
-    return bucket(max(MIN_CHUNK, tokens), limit, base=2 if fresh else 4)
+    if not fresh:
+        return bucket(max(MIN_CHUNK, tokens), limit, base=4)
+    length = bucket(max(MIN_CHUNK, tokens))
+    halfway = 3 * length // 4
+    return min(halfway if HALVED_FROM < halfway and tokens <= halfway else length, limit)
 
 
 @dataclass(eq=False)

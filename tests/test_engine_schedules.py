@@ -153,6 +153,39 @@ def test_after_warmup_nothing_compiles():
     assert (under_test.stats().compilations, seen) == (before, [])
 
 
+def test_warmup_runs_every_program_and_leaves_nothing_behind():
+    under_test = engine(6, 16, max_batch_size=1, max_seq_len=32)
+    programs, settings, run = under_test._rounds.programs, SamplingParams(max_new_tokens=12), []
+    under_test.warmup()
+    for request in run_schedule(under_test, [(0, prompt, settings, None) for prompt in PROMPTS[:4]]):
+        assert request.result.tokens == list(alone(tuple(request.result.prompt_tokens), settings))
+    assert all_pages_are_free(under_test)
+
+    class Recorded(dict):
+        def __getitem__(self, key):
+            run.append(key)
+            return super().__getitem__(key)
+
+    programs.compiled = Recorded(programs.compiled)
+    under_test.warmup()
+    assert {*run} == {*programs.compiled} and all_pages_are_free(under_test)
+    assert not np.asarray(programs._held.state.left).any()
+
+
+def test_warmup_beside_requests_runs_nothing_and_they_go_on():
+    under_test, settings = engine(6, 16, max_batch_size=1, max_seq_len=32), SamplingParams(max_new_tokens=12)
+    (request,) = under_test.requests([PROMPTS[0]], [settings])
+    under_test.add(request)
+    for _ in range(3):
+        under_test.step()
+    assert under_test.has_work and request.result.tokens
+    under_test.warmup()
+    while under_test.has_work:
+        under_test.step()
+    assert request.result.tokens == list(alone(tuple(PROMPTS[0]), settings))
+    assert all_pages_are_free(under_test)
+
+
 def test_where_memory_is_short_no_dispatch_gathers_more_pages_than_there_is_room_for(monkeypatch):
     page_bytes = PAGE * CFG.cache_bytes_per_token(bytes_per_value=4)
     monkeypatch.setattr("infer.programs.bytes_for_pages", lambda *_, **__: 12 * page_bytes)

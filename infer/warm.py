@@ -1,0 +1,61 @@
+"""Every program compiled and run before the first request.
+
+A program's first run sets up its products: on a CPU a tenth of a second and more, whatever it computes, in which
+everybody would wait. The invariant: what runs here is the engine's own programs, and afterwards no row is in use and
+no page holds anything.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from infer.batches import Batches, filled_up
+from infer.programs import Programs
+from infer.steps import Batch
+from llama_jax.progress import progress
+
+# What runs longer than this is not run ahead, nor what is larger: beside it the first time is hardly longer.
+_SECONDS = 1.0
+
+
+def warm_up(programs: Programs, batches: Batches, pages: Sequence[int] | None) -> None:
+    """Compile every bucket, with all of sampling and without, and run each once.
+
+    pages: one of each shard that nobody holds. None where requests are under way: then nothing is run.
+    """
+    decode, prefill, texts = list(batches.every_decode()), list(batches.every_prefill()), list(batches.every_text())
+    with progress(len(decode) + len(prefill) + len(texts), desc="compiling", unit=" programs") as bar:
+        programs.warm(decode, prefill, texts, bar.update)
+    nowhere = np.full(batches.num_shards, batches.num_rows, np.int32)
+    nothing = filled_up([], batches.pages_a_row * batches.page_size)
+    programs.remember(nowhere, nothing, nothing)
+    if pages is None:
+        return
+    prefill.sort(key=lambda chunks: chunks[0].tokens.size)
+    decode.sort(key=lambda batch: batch.table.size)
+    _run(lambda chunks: programs.prefill(*chunks[:2], fresh=chunks[2]), prefill)
+    _run(lambda batch: _decode_once(programs, batches, batch, pages), decode)
+    _run(lambda text: programs.embed(*text), texts)
+
+
+def _run(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
+    """Call with each item, the smaller first."""
+    for item in items:
+        began = time.perf_counter()
+        jax.block_until_ready(call(item))
+        if time.perf_counter() - began > _SECONDS:
+            return
+
+
+def _decode_once(programs: Programs, batches: Batches, batch: Batch, pages: Sequence[int]) -> Any:
+    """One step of the first row of each shard: where all are off, a program ends before its first."""
+    prompts, chunks, fresh = next(batches.every_prefill())
+    for some in (chunks, batch):
+        first = slice(None, None, len(some.rows) // batches.num_shards)
+        some.rows[first], some.table[first, 0] = 0, pages
+    prompts.start.left[:: len(chunks.rows) // batches.num_shards] = 2
+    programs.prefill(prompts, chunks, fresh=fresh)
+    return programs.decode(batch, 1)
