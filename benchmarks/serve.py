@@ -24,6 +24,7 @@ from benchmarks.load_client import Asked, ask, drawn, offer, report
 from benchmarks.shapes import SHAPES, written_weights
 from benchmarks.worker import Worker
 from llama_jax.entry import run_entry
+from llama_jax.tokenizer import load_tokenizer
 
 DEMO = ROOT / "llama_jax" / "demo"
 CONTEXT = 2560  # tokens a row may have
@@ -72,10 +73,10 @@ class Process:
 
 
 def checkpoint(shape: str, folder: Path) -> Path:
-    """The demo model, or one of benchmarks/shapes.py with random weights and the demo's tokenizer."""
+    """The demo model, or one of benchmarks/shapes.py with random weights that say what the demo's tokenizer has."""
     if shape == "demo":
         return DEMO
-    path = written_weights(shape, folder)
+    path = written_weights(shape, folder, num_tokens=load_tokenizer(DEMO).vocab_size)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, path)
     return path

@@ -40,11 +40,13 @@ def constant_rate_stage(length: int) -> StageConfig:
     return StageConfig((phase,), length, learning_rate=LEARNING_RATE, final_learning_rate=LEARNING_RATE)
 
 
-def written_weights(shape: str, directory: Path) -> Path:
+def written_weights(shape: str, directory: Path, num_tokens: int | None = None) -> Path:
     """A directory with random float32 weights of a shape, written if it is not there yet.
 
     Matrices have the spread of one over the square root of their width, so that the logits are as
     far apart as a trained model's and both libraries choose the same tokens.
+
+    num_tokens: of those beyond the logits are 0, so that greedy text has none of them; by default none are beyond.
     """
     path = directory / shape
     if path.exists():
@@ -55,7 +57,10 @@ def written_weights(shape: str, directory: Path) -> Path:
     def tensor(dims: tuple[int, ...]) -> np.ndarray:
         if len(dims) == 1:
             return rng.uniform(0.5, 1.5, dims).astype(np.float32)
-        return rng.standard_normal(dims, np.float32) / math.sqrt(dims[1])
+        values = rng.standard_normal(dims, np.float32) / math.sqrt(dims[1])
+        if dims[0] == cfg.vocab_size:
+            values[num_tokens:] = 0
+        return values
 
     shapes = canonical_shapes(cfg)
     specs = {name: TensorSpec(dims, np.dtype("float32")) for name, dims in shapes.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from infer.sampling import SamplingParams, row_settings
-from infer.scheduler import MIN_CHUNK, Chunk, bucket, chunk_length
+from infer.scheduler import MIN_CHUNK, Chunk, ChunkSizes, bucket
 from infer.scheduler import Sequence as Row
 from infer.sizes import (
     LONGEST_TEXT,
@@ -20,8 +20,6 @@ from infer.sizes import (
     ROW_BASE_ELSEWHERE,
     TABLE_BASE_ELSEWHERE,
     TABLE_BASE_OF_FEW,
-    prefill_rows,
-    prefill_shapes,
     table_width,
     table_widths,
 )
@@ -47,7 +45,7 @@ class Batches:
     num_rows: int
     pages_a_row: int
     page_size: int
-    prefill_chunk: int
+    chunks: ChunkSizes
     length_multiple: int
     vocab_size: int
     least_rows: int = 1
@@ -112,7 +110,7 @@ class Batches:
         fresh, full = chunks[0].start == 0, any(s.request.special for s in sequences)
         length = self.length(max(stop - start for _, start, stop in chunks), fresh=fresh)
         count = max(Counter(s.shard for s in sequences).values())
-        rows = prefill_rows(count, length, self.prefill_chunk, self.num_rows)
+        rows = self.chunks.rows(count, length, self.num_rows)
         pages = max(len(s.pages) for s in sequences)
         return length, rows, self.fresh_width(length) if fresh else self._width(pages, full=full), full
 
@@ -146,7 +144,7 @@ class Batches:
 
     def length(self, tokens: int, *, fresh: bool) -> int:
         """To how many tokens a chunk is padded."""
-        length = chunk_length(tokens, self.prefill_chunk, fresh=fresh)
+        length = self.chunks.length(tokens, fresh=fresh)
         return -(-length // self.length_multiple) * self.length_multiple
 
     def fresh_width(self, length: int) -> int:
@@ -234,7 +232,7 @@ class Batches:
         kinds = (False, False), (True, False), (True, True)
         for fresh, (full, told) in itertools.product((True, False), kinds):
             # Prompts that need all of sampling are prefilled one at a time.
-            for rows, tokens in prefill_shapes(self.prefill_chunk, 1 if full else self.num_rows, fresh=fresh):
+            for rows, tokens in self.chunks.shapes(1 if full else self.num_rows, fresh=fresh):
                 length = self.length(tokens, fresh=fresh)
                 prompts = self.off_prompts(rows, length, told=told)
                 for width in [self.fresh_width(length)] if fresh else self._widths(full=full):

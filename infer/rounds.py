@@ -22,7 +22,7 @@ from infer.request import Request, pairs
 from infer.sampling import Choice
 from infer.scheduler import Chunk, Scheduler, bucket
 from infer.scheduler import Sequence as Row
-from infer.sizes import CacheOptions, bases, page_size, platform
+from infer.sizes import CacheOptions, bases, chunk_sizes, page_size, platform
 from infer.speculation import cache_multiple
 from infer.steps import Batch, Held, Prompts, Told, tokens_a_step
 from infer.throughput import EngineStats, Throughput
@@ -77,7 +77,7 @@ class Rounds:
             num_rows=-(-max_batch_size // self._num_shards),
             pages_a_row=-(-max_seq_len // size),
             page_size=size,
-            prefill_chunk=-(-cache.prefill_chunk // rules.sequence_multiple) * rules.sequence_multiple,
+            chunks=chunk_sizes(-(-cache.prefill_chunk // rules.sequence_multiple) * rules.sequence_multiple, on),
             length_multiple=rules.sequence_multiple,
             vocab_size=cfg.vocab_size,
             # Of one row XLA:TPU computes every weight product on the vector unit: twice the time of two.
@@ -103,7 +103,7 @@ class Rounds:
         return Scheduler(
             self._new_pools(pages),
             self._batches.num_rows,
-            prefill_chunk=self._batches.prefill_chunk,
+            chunks=self._batches.chunks,
             steps=self._steps,
             tokens_a_step=self._tokens_a_step,
             share_prefixes=self._cache.share_prefixes,
@@ -154,7 +154,7 @@ class Rounds:
         batches, mesh = self._batches, self.programs.mesh
         size = self.programs.page_bytes(batches.page_size, self._dtype)
         most = batches.num_rows * batches.pages_a_row
-        room = self.programs.room(self._dtype, prefill_chunk=batches.prefill_chunk, held=self._pages * size, left=left)
+        room = self.programs.room(self._dtype, prefill_chunk=batches.chunks.longest, held=self._pages * size, left=left)
         if room is not None and gathers_pages(mesh):
             # What a dispatch gathers takes no more than a pool might, so that there is room for every bucket.
             self._batches = dataclasses.replace(batches, most_numbers=room // size)
@@ -251,14 +251,16 @@ class Rounds:
         if not (chunks and prefill_first):
             planned = scheduler.plan_decode()
             if ready := [row for row in planned if row.request.constraint is None or not row.in_flight]:
+                most = self._steps if prefill_first else self.throughput.steps_of_a_dispatch(self._steps)
                 for rows in self._batches.apart(ready):
-                    self._send_decode(rows)
+                    self._send_decode(rows, most)
 
     @property
     def spare_seconds(self) -> float:
         """How long nothing need be sent: until most has run of the one decode dispatch that is on its way."""
-        alone = len(self._in_flight) == 1 and not self._in_flight[0].chunks
-        return self.throughput.spare_seconds(self._in_flight[0].sent) if alone else 0.0
+        if len(self._in_flight) != 1 or (alone := self._in_flight[0]).chunks:
+            return 0.0
+        return self.throughput.spare_seconds(alone.sent, alone.expected[0])
 
     def _send_prefill(self, chunks: list[Chunk]) -> None:
         places, prompts, batch = self._batches.prefill(chunks)
@@ -274,9 +276,9 @@ class Rounds:
             Dispatch(places, rows, [int(row.filled) for row in rows], chunks, choice, told, None, sent)
         )
 
-    def _send_decode(self, rows: list[Row]) -> None:
+    def _send_decode(self, rows: list[Row], most: int) -> None:
         places, batch = self._batches.decode(rows)
-        steps = 1 if any(row.request.constraint is not None for row in rows) else self._steps
+        steps = 1 if any(row.request.constraint is not None for row in rows) else most
         sent = self.throughput.clock()
         choice, guessed = self._timed(partial(self.programs.decode, batch, steps))
         self._scheduler.decoded(rows, steps)
@@ -322,10 +324,10 @@ class Rounds:
                         self._count_guesses(int(guessed[place]), taken.tokens)
                     news += self._take(row, sent.expected[i], taken)
             new = self._generated_tokens - before
-            prefilled = sum(stop - start for _, start, stop in sent.chunks)
-            self.throughput.count(
-                sent.sent, prefill_tokens=prefilled, decode_tokens=0 if sent.chunks else new, first=new > 0
-            )
+            if sent.chunks:
+                self.throughput.count_prefill(sent.sent, sum(stop - start for _, start, stop in sent.chunks), new)
+            else:
+                self.throughput.count_decode(sent.sent, sent.expected[0], new)
         return news
 
     def _take(self, row: Row, expected: int, choice: Choice) -> Iterator[tuple[Request, str]]:

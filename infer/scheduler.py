@@ -11,17 +11,15 @@ beginning is known unless that shard is clearly more loaded than another.
 
 import itertools
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from infer.pages import PagePool, extend_names
 
-# Chunks of a prompt are padded to a power of two, or four, times as many tokens.
+# Tokens of the shortest chunk of a prompt, with what pads it.
 MIN_CHUNK = 16
-
-# Those of so many tokens and more that begin a prompt also to what lies halfway: what pads them takes as long.
-HALVED_FROM = 128
 
 # A shard is clearly more loaded than another by this part of its rows.
 SLACK = 2
@@ -38,13 +36,40 @@ def bucket(number: int, limit: int | None = None, multiple: int = 1, *, base: in
     return -(-min(size, limit or size) // multiple) * multiple
 
 
-def chunk_length(tokens: int, limit: int, *, fresh: bool) -> int:
-    """To how many tokens a chunk is padded, at most limit; coarser where a table makes for more programs."""
-    if not fresh:
-        return bucket(max(MIN_CHUNK, tokens), limit, base=4)
-    length = bucket(max(MIN_CHUNK, tokens))
-    halfway = 3 * length // 4
-    return min(halfway if HALVED_FROM < halfway and tokens <= halfway else length, limit)
+@dataclass(frozen=True)
+class ChunkSizes:
+    """To which shapes chunks of prompts are padded.
+
+    longest: tokens of a chunk. together: tokens of a shard's dispatch that has several. row_base: how much coarser the
+    next bucket of rows is. halved_from: chunks of more tokens that begin a prompt may end halfway between two powers.
+    """
+
+    longest: int
+    together: int
+    row_base: int
+    halved_from: int
+
+    def length(self, tokens: int, *, fresh: bool) -> int:
+        """To how many tokens a chunk is padded; coarser where a table makes for more programs."""
+        length = bucket(max(MIN_CHUNK, tokens), base=2 if fresh else 4)
+        halfway = 3 * length // 4
+        if fresh and max(tokens - 1, self.halved_from) < halfway:
+            length = halfway
+        return min(length, self.longest)
+
+    def most_rows(self, length: int) -> int:
+        """Rows a shard of a dispatch of chunks of this length."""
+        return max(1, self.together // length)
+
+    def rows(self, count: int, length: int, num_rows: int) -> int:
+        """Rows a shard of a dispatch of so many chunks, padded."""
+        return min(bucket(count, base=self.row_base), self.most_rows(length), num_rows)
+
+    def shapes(self, num_rows: int, *, fresh: bool) -> Iterator[tuple[int, int]]:
+        """Rows and lengths of all dispatches."""
+        for length in sorted({self.length(tokens, fresh=fresh) for tokens in range(1, self.longest + 1)}):
+            counts = range(1, min(self.most_rows(length), num_rows) + 1)
+            yield from ((n, length) for n in sorted({self.rows(count, length, num_rows) for count in counts}))
 
 
 @dataclass(eq=False)
@@ -100,21 +125,20 @@ class Scheduler:
         pools: List[PagePool],
         num_rows: int,
         *,
-        prefill_chunk: int,
+        chunks: ChunkSizes,
         steps: int,
         tokens_a_step: int = 1,
         share_prefixes: bool = True,
     ):
         """A pool and num_rows rows for each shard; every pool holds the longest sequence.
 
-        prefill_chunk: tokens of prompts that a shard computes in a dispatch; steps: those of a decoding row, each of
-        which brings tokens_a_step tokens at most.
+        steps: the most of a decoding row in a dispatch, each of which brings tokens_a_step tokens at most.
         """
         self.pools = pools
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._num_rows, self._chunk, self._steps = num_rows, prefill_chunk, steps
+        self._num_rows, self._chunks, self._steps = num_rows, chunks, steps
         self._tokens_a_step = tokens_a_step
         self._share_prefixes = share_prefixes
         self._free_rows = [list(range(num_rows))[::-1] for _ in pools]
@@ -191,10 +215,10 @@ class Scheduler:
             return []
         first = filling[0]
         fresh = first.cached == 0
-        length = chunk_length(first.to_fill - first.cached, self._chunk, fresh=fresh)
+        length = self._chunks.length(first.to_fill - first.cached, fresh=fresh)
         special = first.special
         # Those of few requests are coarse: one at a time keeps their programs few, too.
-        rows_left = dict.fromkeys(range(len(self.pools)), 1 if special else max(1, self._chunk // length))
+        rows_left = dict.fromkeys(range(len(self.pools)), 1 if special else self._chunks.most_rows(length))
         chunks = []
         for sequence in filling:
             rest = sequence.to_fill - sequence.cached
@@ -216,7 +240,7 @@ class Scheduler:
             first = self.pools[shards[0]]
             if (missing := coming[shards[0]] - first.num_found(names)) > 0:
                 # Beyond a few dispatches; else those that pass would take the rows beside it.
-                if missing * first.size > PATIENCE * self._chunk:
+                if missing * first.size > PATIENCE * self._chunks.longest:
                     continue
                 return
             if not any(self._admit(sequence, names, shard) for shard in shards):
@@ -238,9 +262,9 @@ class Scheduler:
         known = [max(pool.num_found(names), soon) for pool, soon in zip(self.pools, coming, strict=True)]
         costs = [float(self._num_rows - len(rows)) for rows in self._free_rows]
         for other in self.running:
-            costs[other.shard] += max(0, other.to_fill - other.cached) / self._chunk
+            costs[other.shard] += max(0, other.to_fill - other.cached) / self._chunks.longest
         for shard, pool in enumerate(self.pools):
-            costs[shard] += (len(sequence.tokens) - known[shard] * pool.size) / self._chunk
+            costs[shard] += (len(sequence.tokens) - known[shard] * pool.size) / self._chunks.longest
         shards = [shard for shard, rows in enumerate(self._free_rows) if rows]
         enough = min(costs[shard] for shard in shards) + max(1, self._num_rows // SLACK)
         return sorted(shards, key=lambda shard: (costs[shard] > enough, -known[shard], costs[shard]))
@@ -248,12 +272,14 @@ class Scheduler:
     def _admit(self, sequence: Sequence, names: List[bytes], shard: int) -> bool:
         """Give it a row and pages for all its tokens in a shard.
 
-        Beside them a page must be left for every sequence that runs there, or it might soon be turned out again.
+        Beside them a page must be left for every sequence there that is going to need one, or it might soon be turned
+        out again.
         """
-        pool, running = self.pools[shard], self._num_rows - len(self._free_rows[shard])
+        pool = self.pools[shard]
+        growing = [s for s in self.running if s.shard == shard and len(s.pages) < pool.num_for(s.limit - 1)]
         sequence.shard, pages = shard, pool.share(names)
         missing = self._num_pages(sequence) - len(pages)
-        if pool.available < missing + running:
+        if pool.available < missing + len(growing):
             pool.give_back(pages)
             return False
         sequence.cached = len(pages) * pool.size

@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--served-model-name", action="append", metavar="NAME", help="repeatable; default: C's name")
     group.add_argument("--root-path", default="", metavar="PATH", help="where a proxy puts this server")
     group.add_argument("--cors-origin", action="append", default=[], metavar="URL", help="repeatable; default: none")
-    group.add_argument("--warmup", action="store_true", help="compile everything before the first request")
+    group.add_argument("--warmup", action="store_true", help="compile and run everything before the first request")
     group.add_argument("--grace", type=float, default=30.0, metavar="S", help="after SIGTERM; default: %(default)s")
     add_limit_options(parser)
     add_engine_options(parser)

@@ -3,14 +3,13 @@
 The invariant: a pool takes a stated share of what the devices have left.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
-from infer.scheduler import bucket, chunk_length
+from infer.scheduler import ChunkSizes, bucket
 from llama_jax.config import LlamaConfig
 from llama_jax.memory import bytes_left, generation_bytes
 
@@ -34,6 +33,12 @@ LONGEST_TEXT = 8192
 # Rows of a decode dispatch: powers of this. What is read for a row that is off costs an accelerator next to nothing.
 ROW_BASE = {"cpu": 2}
 ROW_BASE_ELSEWHERE = 4
+
+# Chunks of prompts in one dispatch. A CPU computes what pads them as slowly as all else; elsewhere up to some hundred
+# tokens take as long as reading the weights, and few programs compile sooner.
+_TOGETHER = {"cpu": 128}
+_CHUNK_ROW_BASE = {"cpu": 2}
+_HALVED_FROM = {"cpu": 64}
 
 # Of the memory that is left; on CPUs others live in it, and a dispatch that decodes holds its rows' pages twice.
 _SHARE = {"cpu": 0.25}
@@ -74,6 +79,12 @@ def bases(platform: str) -> dict[str, int]:
     """How much coarser the next bucket of rows and that of tables is."""
     row_base = ROW_BASE.get(platform, ROW_BASE_ELSEWHERE)
     return {"row_base": row_base, "table_base": TABLE_BASE.get(platform, TABLE_BASE_ELSEWHERE)}
+
+
+def chunk_sizes(prefill_chunk: int, platform: str) -> ChunkSizes:
+    """Of prompts, of which a shard computes prefill_chunk tokens in a dispatch."""
+    together = min(prefill_chunk, _TOGETHER.get(platform, prefill_chunk))
+    return ChunkSizes(prefill_chunk, together, _CHUNK_ROW_BASE.get(platform, 4), _HALVED_FROM.get(platform, 128))
 
 
 def page_size(max_seq_len: int, multiple: int, platform: str) -> int:
@@ -120,15 +131,3 @@ def table_widths(pages_a_row: int, size: int, base: int) -> list[int]:
     while widths[-1] < pages_a_row:
         widths.append(table_width(widths[-1] + 1, pages_a_row, size, base))
     return widths
-
-
-def prefill_rows(count: int, length: int, chunk: int, num_rows: int) -> int:
-    """Rows a shard of a prefill dispatch of chunks of this length, as far as chunk tokens hold them."""
-    return min(bucket(count, base=4), max(1, chunk // length), num_rows)
-
-
-def prefill_shapes(chunk: int, num_rows: int, *, fresh: bool) -> Iterator[tuple[int, int]]:
-    """Rows and lengths of all prefill dispatches."""
-    for length in sorted({chunk_length(tokens, chunk, fresh=fresh) for tokens in range(1, chunk + 1)}):
-        counts = range(1, min(max(1, chunk // length), num_rows) + 1)
-        yield from ((n, length) for n in sorted({prefill_rows(n, length, chunk, num_rows) for n in counts}))

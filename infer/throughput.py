@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 # The part of a dispatch after which the next must be sent, or the devices might wait for it.
 _MOST = 0.7
 
+# Seconds of a dispatch of several decoding steps, for which a prompt that comes meanwhile has to wait.
+_LONGEST = 0.05
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -43,8 +46,8 @@ class Throughput:
 
     Tokens that were found in the cache are not counted. first_token_seconds is the time from the start of the run to
     its first token, and first_compile_seconds how much of that was compiling.
-    last_read is what the clock showed when the last dispatch had been read, last_decodes the seconds of the last two
-    that decoded. draft_tokens were guessed ahead, and accepted_tokens of them rightly.
+    last_read is what the clock showed when the last dispatch had been read, last_steps the seconds of a step in the
+    last two that decoded. draft_tokens were guessed ahead, and accepted_tokens of them rightly.
     """
 
     compile_seconds: float = 0.0
@@ -58,34 +61,43 @@ class Throughput:
     accepted_tokens: int = 0
     began: float = field(default_factory=time.perf_counter)
     last_read: float = 0.0
-    last_decodes: tuple[float, float] = (0.0, 0.0)
+    last_steps: tuple[float, float] = (0.0, 0.0)
 
     def clock(self) -> float:
         """Seconds that do not pass while a program compiles."""
         return time.perf_counter() - self.compile_seconds
 
-    def count(self, dispatched: float, *, prefill_tokens: int, decode_tokens: int, first: bool) -> None:
-        """A dispatch that was sent when the clock showed dispatched has been read; it ran after the one before it."""
-        now = self.clock()
-        seconds, self.last_read = now - max(dispatched, self.last_read), now
-        if prefill_tokens:
-            self.prefill_seconds += seconds
-        else:
-            self.decode_seconds += seconds
-            self.last_decodes = self.last_decodes[1], seconds
-        self.prefill_tokens += prefill_tokens
-        self.decode_tokens += decode_tokens
-        if first and not self.first_token_seconds:
+    def count_prefill(self, dispatched: float, tokens: int, new: int) -> None:
+        """So many tokens of prompts, sent when the clock showed dispatched, have been read and brought new ones."""
+        self.prefill_seconds += self._read(dispatched, new)
+        self.prefill_tokens += tokens
+
+    def count_decode(self, dispatched: float, steps: int, new: int) -> None:
+        """Likewise so many steps of decoding."""
+        seconds = self._read(dispatched, new)
+        self.decode_seconds += seconds
+        self.decode_tokens += new
+        self.last_steps = self.last_steps[1], seconds / steps
+
+    def _read(self, dispatched: float, new: int) -> float:
+        """The seconds of a dispatch that has just been read; it ran after the one before it."""
+        began, self.last_read = max(dispatched, self.last_read), self.clock()
+        if new and not self.first_token_seconds:
             self.first_token_seconds = time.perf_counter() - self.began
             self.first_compile_seconds = self.compile_seconds
+        return self.last_read - began
 
-    def spare_seconds(self, dispatched: float) -> float:
-        """Until most has run of a decode dispatch, sent at this time of the clock, if it is as short as the last two.
+    def steps_of_a_dispatch(self, most: int) -> int:
+        """How many steps of decoding a prompt that comes can be let wait for, as far as is known."""
+        return max(1, min(most, int(_LONGEST / max(1e-9, min(self.last_steps)))))
 
-        The shorter counts: what is sent too early only makes those wait that come next.
+    def spare_seconds(self, dispatched: float, steps: int) -> float:
+        """Until most has run of a dispatch of decoding, sent at this time of the clock, if its steps take as before.
+
+        The shorter of the last counts: what is sent too early only makes those wait that come next.
         """
         began = max(dispatched, self.last_read)
-        return max(0.0, began + _MOST * min(self.last_decodes) - self.clock())
+        return max(0.0, began + _MOST * steps * min(self.last_steps) - self.clock())
 
     def count_guesses(self, made: int, accepted: int) -> None:
         """So many tokens were guessed ahead, and so many of them rightly."""

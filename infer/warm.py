@@ -36,26 +36,26 @@ def warm_up(programs: Programs, batches: Batches, pages: Sequence[int] | None) -
         return
     prefill.sort(key=lambda chunks: chunks[0].tokens.size)
     decode.sort(key=lambda batch: batch.table.size)
-    _run(lambda chunks: programs.prefill(*chunks[:2], fresh=chunks[2]), prefill)
-    _run(lambda batch: _decode_once(programs, batches, batch, pages), decode)
-    _run(lambda text: programs.embed(*text), texts)
+    _run(prefill, lambda chunks: programs.prefill(*chunks[:2], fresh=chunks[2]))
+    _run(decode, lambda batch: programs.decode(batch, 1), before=lambda batch: _awake(programs, batches, batch, pages))
+    _run(texts, lambda text: programs.embed(*text))
 
 
-def _run(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
+def _run(items: Iterable[Any], call: Callable[[Any], Any], before: Callable[[Any], Any] = lambda _: None) -> None:
     """Call with each item, the smaller first."""
     for item in items:
+        jax.block_until_ready(before(item))
         began = time.perf_counter()
         jax.block_until_ready(call(item))
         if time.perf_counter() - began > _SECONDS:
             return
 
 
-def _decode_once(programs: Programs, batches: Batches, batch: Batch, pages: Sequence[int]) -> Any:
-    """One step of the first row of each shard: where all are off, a program ends before its first."""
+def _awake(programs: Programs, batches: Batches, batch: Batch, pages: Sequence[int]) -> Any:
+    """Let a batch decode the first row of each shard for a step: where all are off, it ends before its first."""
     prompts, chunks, fresh = next(batches.every_prefill())
     for some in (chunks, batch):
         first = slice(None, None, len(some.rows) // batches.num_shards)
         some.rows[first], some.table[first, 0] = 0, pages
     prompts.start.left[:: len(chunks.rows) // batches.num_shards] = 2
-    programs.prefill(prompts, chunks, fresh=fresh)
-    return programs.decode(batch, 1)
+    return programs.prefill(prompts, chunks, fresh=fresh)

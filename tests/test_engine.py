@@ -195,7 +195,7 @@ def test_a_longer_request_beside_others_makes_the_pool_larger_and_changes_no_tok
 
 def test_a_batch_is_a_multiple_of_what_the_mesh_divides(odd_engine):
     batches = odd_engine("context=2,tensor=4", max_seq_len=999)._rounds._batches
-    assert (batches.page_size, batches.length(9, fresh=True), batches.prefill_chunk) == (64, 16, 512)
+    assert (batches.page_size, batches.length(9, fresh=True), batches.chunks.longest) == (64, 16, 512)
     batches = odd_engine("data=8", max_batch_size=20)._rounds._batches
     assert (batches.num_shards, batches.num_rows) == (8, 3)
 

@@ -312,10 +312,22 @@ def test_a_prompt_that_comes_is_computed_next_and_its_first_token_waits_for_noth
 
 def test_time_is_spare_until_most_of_what_runs_has_run():
     throughput = Throughput()
-    assert throughput.spare_seconds(throughput.clock()) == 0
-    throughput.last_decodes = 40.0, 20.0
-    assert 13 < throughput.spare_seconds(throughput.clock()) < 14.01  # of the shorter, and long ago
-    assert throughput.spare_seconds(throughput.clock() - 15) == 0
+    assert throughput.spare_seconds(throughput.clock(), 8) == 0
+    throughput.last_steps = 20.0, 10.0
+    assert 13 < throughput.spare_seconds(throughput.clock(), 2) < 14.01  # of the shorter, and long ago
+    assert throughput.spare_seconds(throughput.clock() - 15, 2) == 0
+
+
+def test_slow_steps_are_fewer_to_a_dispatch():
+    throughput = Throughput()
+    assert throughput.steps_of_a_dispatch(8) == 8  # nothing is known
+    steps = []
+    for seconds in (0.001, 0.001, 0.02, 0.02, 1.0, 1.0):
+        sent = throughput.clock() - 2 * seconds
+        throughput.last_read = sent
+        throughput.count_decode(sent, 2, 2)
+        steps.append(throughput.steps_of_a_dispatch(8))
+    assert steps == [8, 8, 8, 2, 2, 1]
 
 
 def test_of_several_candidates_the_best_are_given_best_first():

@@ -1,5 +1,6 @@
 """The scheduler over a device that is made of lists: what a step reads in its pages is what the sequence is made of."""
 
+import itertools
 import random
 from collections import Counter
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import strategies
 
 from infer.pages import PagePool
-from infer.scheduler import Chunk, Scheduler, Sequence, bucket
+from infer.scheduler import Chunk, ChunkSizes, Scheduler, Sequence, bucket
 
 SIZE = 4  # tokens of a page
 
@@ -23,7 +24,9 @@ class Device:
 
     def __init__(self, num_shards=1, num_pages=8, num_rows=4, *, chunk=16, steps=3, most=1, **options):
         pools = [PagePool(num_pages, SIZE) for _ in range(num_shards)]
-        self.scheduler = Scheduler(pools, num_rows, prefill_chunk=chunk, steps=steps, tokens_a_step=most, **options)
+        self.scheduler = Scheduler(
+            pools, num_rows, chunks=ChunkSizes(chunk, chunk, 4, 128), steps=steps, tokens_a_step=most, **options
+        )
         self.steps, self.num_pages, self.most, self.draw = steps, num_pages, most, random.Random(7)
         self.memory = [[[None] * SIZE for _ in range(num_pages)] for _ in pools]
         self.rows = {}  # (shard, row) -> tokens, the last of which is not in a page yet
@@ -145,6 +148,20 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode():
     rounds = [device.round() for _ in range(3)]
     assert [chunk[1:] for chunks, _ in rounds for chunk in chunks] == [(0, 16), (16, 32), (32, 40)]
     assert all(decoding == [short] for _, decoding in rounds)
+
+
+def test_chunks_that_begin_a_prompt_are_padded_by_less_than_half_and_others_more_coarsely():
+    sizes = ChunkSizes(longest=512, together=128, row_base=2, halved_from=64)
+    lengths = {
+        fresh: sorted({sizes.length(tokens, fresh=fresh) for tokens in range(1, 513)}) for fresh in (True, False)
+    }
+    assert lengths == {True: [16, 32, 64, 96, 128, 192, 256, 384, 512], False: [16, 64, 256, 512]}
+    assert all(tokens <= sizes.length(tokens, fresh=True) < 1.5 * tokens for tokens in range(65, 513))
+    assert sorted(sizes.shapes(16, fresh=True))[:5] == [(1, 16), (1, 32), (1, 64), (1, 96), (1, 128)]
+    for tokens, count in itertools.product((1, 40, 100, 300), range(1, 9)):
+        length = sizes.length(tokens, fresh=True)
+        rows = sizes.rows(count, length, 16)
+        assert (rows, length) in set(sizes.shapes(16, fresh=True)) and rows * length <= max(128, length)
 
 
 def test_chunks_that_are_no_longer_share_a_dispatch_within_its_tokens():
@@ -299,6 +316,14 @@ def test_no_shard_starves_whatever_comes(arrivals, num_shards):
     while device.busy:
         device.round()
     assert all(pool.available == 100 for pool in scheduler.pools)
+
+
+def test_a_pool_that_just_holds_all_runs_all_at_once():
+    device = Device(num_pages=8, num_rows=4, chunk=64)
+    for token in range(4):
+        device.scheduler.add(Sequence([token] * (SIZE + 1), 2 * SIZE + 1))
+    device.round()
+    assert (len(device.scheduler.running), device.scheduler.pools[0].available) == (4, 0)
 
 
 def test_requests_are_admitted_in_the_order_in_which_they_came():
