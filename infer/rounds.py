@@ -355,7 +355,7 @@ class Rounds:
     # Programs.
 
     def warmup(self) -> None:
-        """Compile every bucket, and run each once if no request is under way (infer/warm.py)."""
+        """Compile every bucket, and run it once if no request is under way (infer/warm.py)."""
         self.open()
         pools = self._scheduler.pools
         pages = None if self.has_work else [page for pool in pools for page in pool.take(1)]

@@ -1,4 +1,4 @@
-"""Every program compiled and run before the first request.
+"""Every program compiled before the first request, and those of prompts and decoding run.
 
 A program's first run sets up its products: on a CPU a tenth of a second and more, whatever it computes, in which
 everybody would wait. The invariant: what runs here is the engine's own programs, and afterwards no row is in use and
@@ -22,7 +22,7 @@ _SECONDS = 1.0
 
 
 def warm_up(programs: Programs, batches: Batches, pages: Sequence[int] | None) -> None:
-    """Compile every bucket, with all of sampling and without, and run each once.
+    """Compile every bucket, with all of sampling and without, and run each once but for those of embeddings.
 
     pages: one of each shard that nobody holds. None where requests are under way: then nothing is run.
     """
@@ -38,7 +38,6 @@ def warm_up(programs: Programs, batches: Batches, pages: Sequence[int] | None) -
     decode.sort(key=lambda batch: batch.table.size)
     _run(prefill, lambda chunks: programs.prefill(*chunks[:2], fresh=chunks[2]))
     _run(decode, lambda batch: programs.decode(batch, 1), before=lambda batch: _awake(programs, batches, batch, pages))
-    _run(texts, lambda text: programs.embed(*text))
 
 
 def _run(items: Iterable[Any], call: Callable[[Any], Any], before: Callable[[Any], Any] = lambda _: None) -> None:
