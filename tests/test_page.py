@@ -95,6 +95,7 @@ def test_settings_reach_the_request(open_page):
         opened.page.locator("#seed").fill("7")
         opened.page.locator("#max_tokens").fill("9")
         opened.page.get_by_role("button", name="Done").press("Enter")
+        expect(opened.page.locator("#input")).to_be_focused()  # the dialog tells later that it has closed
         opened.page.keyboard.type("go")
         opened.page.keyboard.press("Enter")
         opened.page.get_by_text("tokens,").wait_for()
@@ -142,6 +143,7 @@ def test_a_text_is_continued_and_the_mode_stays(open_page):
         opened.page.keyboard.press("Alt+s")
         opened.page.locator("#mode").select_option("completion")
         opened.page.get_by_role("button", name="Done").press("Enter")
+        expect(opened.page.locator("#input")).to_be_focused()
         opened.page.keyboard.type("def read")
         opened.page.keyboard.press("Enter")
         opened.page.get_by_text("tokens,").wait_for()
