@@ -65,6 +65,12 @@ class PagePool:
         assert count <= self.available, (count, self.available)
         return [self._take() for _ in range(count)]
 
+    def blank(self) -> int:
+        """A page that holds nothing and that nobody holds, good until the next is taken."""
+        (page,) = self.take(1)
+        self.give_back([page])
+        return page
+
     def _take(self) -> int:
         if self._free:
             page = self._free.pop()

@@ -357,11 +357,8 @@ class Rounds:
     def warmup(self) -> None:
         """Compile every bucket, and run it once if no request is under way (infer/warm.py)."""
         self.open()
-        pools = self._scheduler.pools
-        pages = None if self.has_work else [page for pool in pools for page in pool.take(1)]
+        pages = None if self.has_work else [pool.blank() for pool in self._scheduler.pools]
         warm_up(self.programs, self._batches, pages)
-        for pool, page in zip(pools, pages or (), strict=False):
-            pool.give_back([page])
 
     def lower(self, requests: Sequence[Request]) -> Lowered:
         """The last prefill and decode of requests, were they alone, and what they hold, on the ambient mesh."""

@@ -17,14 +17,14 @@ from infer.programs import Programs
 from infer.steps import Batch
 from llama_jax.progress import progress
 
-# What runs longer than this is not run ahead, nor what is larger: beside it the first time is hardly longer.
+# What runs longer than this is not run ahead, nor what is larger: on a CPU a large model would take minutes to start.
 _SECONDS = 1.0
 
 
 def warm_up(programs: Programs, batches: Batches, pages: Sequence[int] | None) -> None:
     """Compile every bucket, with all of sampling and without, and run each once but for those of embeddings.
 
-    pages: one of each shard that nobody holds. None where requests are under way: then nothing is run.
+    pages: a blank one of each shard. None where requests are under way: then nothing is run.
     """
     decode, prefill, texts = list(batches.every_decode()), list(batches.every_prefill()), list(batches.every_text())
     with progress(len(decode) + len(prefill) + len(texts), desc="compiling", unit=" programs") as bar:

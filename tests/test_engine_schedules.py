@@ -153,7 +153,8 @@ def test_after_warmup_nothing_compiles():
     assert (under_test.stats().compilations, seen) == (before, [])
 
 
-def test_warmup_runs_every_program_and_leaves_nothing_behind():
+def test_warmup_runs_every_program_and_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr("infer.warm._SECONDS", float("inf"))
     under_test = engine(6, 16, max_batch_size=1, max_seq_len=32)
     programs, settings, run = under_test._rounds.programs, SamplingParams(max_new_tokens=12), []
     under_test.warmup()
@@ -171,6 +172,11 @@ def test_warmup_runs_every_program_and_leaves_nothing_behind():
     assert {*run} == {key for key in programs.compiled if key[0] is not programs._embed}
     assert all_pages_are_free(under_test)
     assert not np.asarray(programs._held.state.left).any()
+    run.clear()
+    monkeypatch.setattr("infer.warm._SECONDS", 0.0)  # all are too long: the first prompt alone, and the first to decode
+    under_test.warmup()
+    assert len({key for key in run if key[0] is programs._decode}) == 1
+    assert len({key for key in run if key[0] is programs._prefill}) == 1
 
 
 def test_warmup_beside_requests_runs_nothing_and_they_go_on():
