@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from llama_jax.model import Block, Llama
+from llama_jax.outputs_first import in_own_order
 from llama_jax.quantize import QuantizedArray, einsum
 from llama_jax.schemes import INPUT_DIMS
 from llama_jax.tree import leaf_name
@@ -122,7 +123,7 @@ def with_fresh_adapter(model: Llama, key: Array, *, rank: int, name: str = "defa
         down = jax.random.uniform(of_weight, down, jnp.float32, -bound, bound, out_sharding=down_spec)
         return AdaptedWeight(base, down, jnp.zeros(up, jnp.float32, out_sharding=up_spec), (name,))
 
-    return jax.tree.map_with_path(at, model, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+    return jax.tree.map_with_path(at, in_own_order(model), is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
 
 
 def split_adapters(model: Llama) -> tuple[Llama, Llama]:

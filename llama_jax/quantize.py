@@ -25,6 +25,10 @@ from jax.typing import DTypeLike
 from llama_jax.kernels import narrow, narrow_cpu
 from llama_jax.schemes import Quantization
 
+# On CPUs of how many rows at most and with a weight of how many values at least it is the left operand of a product:
+# with smaller ones, as with a single row and with many, both orders are as fast (docs/performance.md, "Few rows").
+_FEW_ROWS, _LARGE = 48, 2**20
+
 _DEPTH = 64  # of products on TPUs, by docs/plan.md: half of the matrix unit's
 
 
@@ -228,7 +232,8 @@ def einsum(
     of_x, of_weight, of_result = re.split(",|->", subscripts)
     specs = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec, out_sharding
     joined = _joined((of_x, of_weight, of_result), specs)
-    if jax.sharding.get_abstract_mesh().abstract_device.platform == "tpu" and x.shape[1] > 1:
+    platform, num_rows = jax.sharding.get_abstract_mesh().abstract_device.platform, x.shape[0] * x.shape[1]
+    if platform == "tpu" and x.shape[1] > 1:
         # Rows stay apart where their tokens lie along the lanes, as attention reads them: joined, the batch is between.
         joined -= {"T"}
 
@@ -242,7 +247,10 @@ def einsum(
                 axes.append(axis)
         return jnp.reshape(array, shape, out_sharding=PartitionSpec(*axes))
 
-    out = jnp.einsum(
+    multiply = jnp.einsum
+    if platform == "cpu" and of_weight[0] in of_result and 1 < num_rows <= _FEW_ROWS and weight.size >= _LARGE:
+        multiply = _weight_on_the_left
+    out = multiply(
         subscripts.translate(dict.fromkeys(map(ord, joined))),
         matrix(x, of_x, specs[0]),
         matrix(weight, of_weight, specs[1]).astype(x.dtype),
@@ -253,6 +261,29 @@ def einsum(
     )
     sizes = dict(zip(of_x, x.shape, strict=True)) | dict(zip(of_weight, weight.shape, strict=True))
     return jnp.reshape(out, [sizes[letter] for letter in of_result], out_sharding=out_sharding)
+
+
+def multiplies_itself(node: Any) -> bool:
+    """Whether a node of a model's tree is a weight that is no array."""
+    return hasattr(type(node), "product")  # a parameter has the attributes of its value
+
+
+def _weight_on_the_left(
+    subscripts: str, x: Array, weight: Array, *, out_sharding: PartitionSpec, preferred_element_type: DTypeLike
+) -> Array:
+    """`jnp.einsum` of few rows with a weight that has its outputs first, which XLA:CPU reads best on the left."""
+    of_x, of_weight, of_result = re.split(",|->", subscripts)
+    turned = "".join(sorted(of_result, key=lambda letter: letter in of_x))
+    axes = dict(zip(of_result, out_sharding, strict=True))
+    out = jnp.einsum(
+        f"{of_weight},{of_x}->{turned}",
+        weight,
+        x,
+        out_sharding=PartitionSpec(*(axes[letter] for letter in turned)),
+        preferred_element_type=preferred_element_type,
+    )
+    # The barrier keeps XLA from turning the operands round again.
+    return jax.lax.optimization_barrier(out).transpose([turned.index(letter) for letter in of_result])
 
 
 def _joined(operands: tuple[str, str, str], specs: tuple[PartitionSpec, ...]) -> set[str]:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from llama_jax.kernels.narrow import NF4, in_blocks, limits, out_of_blocks, round_inputs, rounded
+from llama_jax.outputs_first import in_own_order
 from llama_jax.quantize import QuantizedArray, block_spec, einsum
 from llama_jax.schemes import INPUT_DIMS, Scheme
 from llama_jax.tree import leaf_name
@@ -31,7 +32,7 @@ def quantize_model(model: Model, scheme: Scheme | None, num_layers: int) -> Mode
         name = leaf_name(path)
         return quantize_weight(weight, name, scheme) if scheme and scheme.covers(name, num_layers) else weight
 
-    return jax.tree.map_with_path(at, model)
+    return jax.tree.map_with_path(at, in_own_order(model))
 
 
 def quantize_weight(weight: Array, path: str, scheme: Scheme) -> QuantizedArray:
@@ -92,7 +93,7 @@ def rounded_in_training(model: Model, scheme: Scheme | None, num_layers: int) ->
         covered = scheme.covers(name, num_layers)
         return RoundedWeight(weight, scheme, INPUT_DIMS[name.rpartition(".")[2]]) if covered else weight
 
-    return jax.tree.map_with_path(at, model)
+    return jax.tree.map_with_path(at, in_own_order(model))
 
 
 def computed_in(model: Model, dtype: DTypeLike) -> Model:

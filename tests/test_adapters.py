@@ -255,4 +255,4 @@ def test_what_is_no_adapter_is_refused(saved, tmp_path):
 def test_adapters_are_born_split_like_their_weights(saved):
     model = adapted(saved, "tensor=4")
     weight = model.layers[0].mlp.w_down[...]
-    assert jax.typeof(weight.down).sharding.spec[0] == jax.typeof(weight.base).sharding.spec[0] is not None
+    assert jax.typeof(weight.down).sharding.spec[0] == weight.base.sharding.spec[0] is not None

@@ -17,7 +17,7 @@ FLOORS = (
         "config mesh paths gguf gguf_tokenizer tokenizer template chat progress chips slices program devices peers "
         "entry tree".split()
     ),
-    ("rope", "quantize", "schemes", "rounding", "kernels", "remat"),
+    ("rope", "quantize", "outputs_first", "schemes", "rounding", "kernels", "remat"),
     ("attention", "cache"),
     ("model",),
     ("lora",),

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -23,7 +22,7 @@ from llama_jax.checkpoint.safetensors import SafetensorsFile
 from llama_jax.lora import AdaptedWeight
 from llama_jax.model import Llama
 from llama_jax.paths import as_path
-from llama_jax.quantize import QuantizedArray
+from llama_jax.quantize import QuantizedArray, multiplies_itself
 from llama_jax.tree import leaf_name
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -112,7 +111,7 @@ def load_adapters(model: Llama, adapters: Mapping[str, str | Path]) -> Llama:
     ValueError as `read_adapter` does, and for one that was made for a model of other shapes.
     """
     found = {name: read_adapter(directory) for name, directory in adapters.items()}
-    leaves, tree = jax.tree.flatten_with_path(model, is_leaf=_is_quantized)
+    leaves, tree = jax.tree.flatten_with_path(model, is_leaf=multiplies_itself)
     dtype, names, adapted = model.embedding.dtype, set[str](), []
     for path, leaf in leaves:
         weights, stacked = stored_weights(leaf_name(path), model.cfg.num_layers)
@@ -127,10 +126,6 @@ def load_adapters(model: Llama, adapters: Mapping[str, str | Path]) -> Llama:
         for weight in changed.keys() - names:
             raise ValueError(f"the adapter {name!r} changes {weight}, which this model does not have")
     return jax.tree.unflatten(tree, adapted)
-
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedArray)
 
 
 def _adapted(
@@ -165,6 +160,6 @@ def _placed(values: np.ndarray, dtype: DTypeLike, like: Any, spec: tuple) -> Any
     """Values on the devices of an array, or, where that is abstract, what they would be there."""
     values = values.astype(dtype)
     sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*spec))
-    if not isinstance(like, Array):
+    if isinstance(like, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=sharding)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])

@@ -27,8 +27,9 @@ from llama_jax.checkpoint.quantized.keeping import KeptSource
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Layout, Llama
+from llama_jax.outputs_first import OutputsFirst
 from llama_jax.progress import progress
-from llama_jax.quantize import QuantizedArray, block_spec
+from llama_jax.quantize import QuantizedArray, block_spec, multiplies_itself
 from llama_jax.rounding import num_blocks, quantize_weight
 from llama_jax.schemes import INPUT_DIMS, Quantization, Scheme
 from llama_jax.tree import leaf_name
@@ -112,10 +113,11 @@ def _plan(
     """What is read for each leaf of the model, and the tree of these."""
     abstract = jax.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), layout=layout))
     found, tree = jax.tree.flatten_with_path(abstract)
+    turned = layout == "layers" and get_mesh().devices.flat[0].platform == "cpu"
     groups = []
     for path, leaf in found:
         kept = _kept(cfg, path, leaf, source) if isinstance(source, KeptSource) and scheme is None else None
-        groups.append(kept or _leaves(cfg, path, leaf, dtype, scheme))
+        groups.append(kept or _leaves(cfg, path, leaf, dtype, scheme, turned=turned))
     return groups, tree
 
 
@@ -147,12 +149,15 @@ def _kept(cfg: LlamaConfig, path: Any, abstract: jax.ShapeDtypeStruct, source: K
 
 
 def _leaves(
-    cfg: LlamaConfig, path: Any, abstract: jax.ShapeDtypeStruct, dtype: np.dtype, scheme: Scheme | None
+    cfg: LlamaConfig, path: Any, abstract: jax.ShapeDtypeStruct, dtype: np.dtype, scheme: Scheme | None, *, turned: bool
 ) -> "list[_Leaf]":
-    """What is read to fill a leaf of the model: it, or where it stacks what is to be quantized each layer's part."""
+    """What is read to fill a leaf of the model: it, or where it stacks what is to be quantized each layer's part.
+
+    turned: with its outputs first, as it is stored, where it stays float.
+    """
     name = leaf_name(path)
     if scheme is None or not scheme.covers(name, cfg.num_layers):
-        return [_Leaf(cfg, name, abstract, dtype)]
+        return [_Leaf(cfg, name, abstract, dtype, turned=turned)]
     if not stored_weights(name, cfg.num_layers)[1]:
         return [_Leaf(cfg, name, abstract, dtype, scheme)]
     assert abstract.sharding is not None
@@ -172,6 +177,8 @@ def _together(leaves: "list[_Leaf]", arrays: list[Any]) -> Any:
     if leaves[0].rest is not None:
         values, scales, *zeros = arrays
         return QuantizedArray(values, scales, *zeros, rest=leaves[0].rest)
+    if leaves[0].num_inputs:
+        return OutputsFirst(arrays[0], leaves[0].num_inputs)
     return arrays[0] if len(arrays) == 1 else _stacked(arrays)
 
 
@@ -179,6 +186,7 @@ class _Leaf:
     """An array of the model on its way from the files to the devices of this process, where a scheme quantizes it."""
 
     rest: Quantization | None = None  # of the first of the arrays that are one quantized weight
+    num_inputs = 0  # dimensions of a weight that has its outputs first
 
     def __init__(
         self,
@@ -189,12 +197,20 @@ class _Leaf:
         scheme: Scheme | None = None,
         *,
         part: str = "",
+        turned: bool = False,
     ):
         self._weights, self._stacked = stored_weights(name, cfg.num_layers)
         if part:
             self._weights = [weight._replace(name=f"{weight.name}:{part}") for weight in self._weights]
         assert abstract.sharding is not None
         self._shape, self._spec, self._dtype = abstract.shape, abstract.sharding.spec, dtype
+        if turned and self._weights[0].transposed:
+            (weight,) = self._weights
+            self.num_inputs = weight.num_leading
+            outputs, inputs = weight.sides(self._shape)
+            self._shape = *outputs, *inputs
+            self._spec = PartitionSpec(*itertools.chain(*weight.sides(tuple(self._spec))))
+            self._weights = [weight._replace(num_leading=len(outputs), transposed=False)]
         self._name, self._scheme = name, scheme
         mesh = get_mesh()
         spec = reading_spec(self._shape, self._spec, self._weights[0], self._stacked, mesh)
@@ -330,8 +346,8 @@ class ModelSource:
     def __init__(self, model: Llama):
         """Reads through to the model; nothing is copied until a tensor is asked for."""
         self._vocab_size = model.cfg.vocab_size
-        self._weights: dict[str, tuple[Array, int | None, StoredWeight]] = {}
-        for path, leaf in jax.tree.leaves_with_path(model, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray)):
+        self._weights: dict[str, tuple[Any, int | None, StoredWeight]] = {}
+        for path, leaf in jax.tree.leaves_with_path(model, is_leaf=multiplies_itself):
             if isinstance(leaf, QuantizedArray):
                 raise ValueError(
                     "a model that was quantized when it was loaded is not written; "
@@ -346,6 +362,7 @@ class ModelSource:
     def array(self, name: str) -> Array:
         """The tensor on the devices in its canonical shape, split as far as that shape allows."""
         leaf, layer, weight = self._weights[name]
+        leaf = leaf.in_own_order() if isinstance(leaf, OutputsFirst) else leaf
         return _to_canonical(leaf if layer is None else leaf[layer], weight, self._vocab_size)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:

@@ -20,6 +20,7 @@ from llama_jax.checkpoint.orbax import Box, TreeWriter, chunk_shape, finish_tree
 from llama_jax.checkpoint.source import TensorSpec
 from llama_jax.checkpoint.together import write_together
 from llama_jax.model import Llama
+from llama_jax.outputs_first import in_own_order
 from llama_jax.tree import leaf_name
 
 _NUM_THREADS = 4  # to copy; one alone does not fill the memory's bandwidth
@@ -36,7 +37,7 @@ class Snapshot:
         self.specs: dict[str, TensorSpec] = {}
         self.chunks: dict[str, list[int]] = {}
         self._weights, shards = [], []
-        for path, leaf in jax.tree.leaves_with_path(model):
+        for path, leaf in jax.tree.leaves_with_path(in_own_order(model)):
             weights, stacked = stored_weights(leaf_name(path), model.cfg.num_layers)
             indices = leaf.sharding.devices_indices_map(leaf.shape).values()
             boxes = [_bounds(index, leaf.shape)[stacked:] for index in indices]
