@@ -41,17 +41,19 @@ class ChunkSizes:
     """To which shapes chunks of prompts are padded.
 
     longest: tokens of a chunk. together: tokens of a shard's dispatch that has several. row_base: how much coarser the
-    next bucket of rows is. halved_from: chunks of more tokens that begin a prompt may end halfway between two powers.
+    next bucket of rows is, later_base that of tokens in chunks that do not begin a prompt. halved_from: those that do
+    and have more tokens may end halfway between two powers.
     """
 
     longest: int
     together: int
     row_base: int
+    later_base: int
     halved_from: int
 
     def length(self, tokens: int, *, fresh: bool) -> int:
         """To how many tokens a chunk is padded; coarser where a table makes for more programs."""
-        length = bucket(max(MIN_CHUNK, tokens), base=2 if fresh else 4)
+        length = bucket(max(MIN_CHUNK, tokens), base=2 if fresh else self.later_base)
         halfway = 3 * length // 4
         if fresh and max(tokens - 1, self.halved_from) < halfway:
             length = halfway

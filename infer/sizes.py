@@ -34,12 +34,6 @@ LONGEST_TEXT = 8192
 ROW_BASE = {"cpu": 2}
 ROW_BASE_ELSEWHERE = 4
 
-# Chunks of prompts in one dispatch. A CPU computes what pads them as slowly as all else; elsewhere up to some hundred
-# tokens take as long as reading the weights, and few programs compile sooner.
-_TOGETHER = {"cpu": 128}
-_CHUNK_ROW_BASE = {"cpu": 2}
-_HALVED_FROM = {"cpu": 64}
-
 # Of the memory that is left; on CPUs others live in it, and a dispatch that decodes holds its rows' pages twice.
 _SHARE = {"cpu": 0.25}
 _SHARE_ELSEWHERE = 0.9
@@ -82,9 +76,14 @@ def bases(platform: str) -> dict[str, int]:
 
 
 def chunk_sizes(prefill_chunk: int, platform: str) -> ChunkSizes:
-    """Of prompts, of which a shard computes prefill_chunk tokens in a dispatch."""
-    together = min(prefill_chunk, _TOGETHER.get(platform, prefill_chunk))
-    return ChunkSizes(prefill_chunk, together, _CHUNK_ROW_BASE.get(platform, 4), _HALVED_FROM.get(platform, 128))
+    """Of prompts, of which a shard computes prefill_chunk tokens in a dispatch.
+
+    A CPU computes what pads them as slowly as all else; elsewhere up to some hundred tokens take as long as reading
+    the weights, and few programs compile sooner.
+    """
+    if platform == "cpu":
+        return ChunkSizes(prefill_chunk, min(prefill_chunk, 128), row_base=2, later_base=2, halved_from=64)
+    return ChunkSizes(prefill_chunk, prefill_chunk, row_base=4, later_base=4, halved_from=128)
 
 
 def page_size(max_seq_len: int, multiple: int, platform: str) -> int:

@@ -6,7 +6,8 @@ no page holds anything.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,14 +18,15 @@ from infer.programs import Programs
 from infer.steps import Batch
 from llama_jax.progress import progress
 
-# What runs longer than this is not run ahead, nor what is larger: on a CPU a large model would take minutes to start.
-_SECONDS = 1.0
+# Seconds that the runs may take: the longest prompts of a large model would take a CPU many minutes.
+_SECONDS = 120.0
 
 
 def warm_up(programs: Programs, batches: Batches, pages: Sequence[int] | None) -> None:
     """Compile every bucket, with all of sampling and without, and run each once but for those of embeddings.
 
-    pages: a blank one of each shard. None where requests are under way: then nothing is run.
+    pages: a blank one of each shard. None where requests are under way: then nothing is run. The rare and the large
+    are run last, and not at all once two minutes have passed.
     """
     decode, prefill, texts = list(batches.every_decode()), list(batches.every_prefill()), list(batches.every_text())
     with progress(len(decode) + len(prefill) + len(texts), desc="compiling", unit=" programs") as bar:
@@ -34,27 +36,27 @@ def warm_up(programs: Programs, batches: Batches, pages: Sequence[int] | None) -
     programs.remember(nowhere, nothing, nothing)
     if pages is None:
         return
-    prefill.sort(key=lambda chunks: chunks[0].tokens.size)
-    decode.sort(key=lambda batch: batch.table.size)
-    _run(prefill, lambda chunks: programs.prefill(*chunks[:2], fresh=chunks[2]))
-    _run(decode, lambda batch: programs.decode(batch, 1), before=lambda batch: _awake(programs, batches, batch, pages))
+    runs = [(batch, len(batch.rows), partial(_decode, programs, batches, batch, pages)) for batch in decode]
+    runs += [
+        (batch, prompts.tokens.size, partial(programs.prefill, prompts, batch, fresh=fresh))
+        for prompts, batch, fresh in prefill
+    ]
+    runs.sort(key=lambda run: (run[0].allowed is not None, run[1]))
+    began = time.perf_counter()
+    with progress(len(runs), desc="running", unit=" programs") as bar:
+        for *_, run in runs:
+            if time.perf_counter() - began > _SECONDS:
+                break
+            jax.block_until_ready(run())
+            bar.update(1)
 
 
-def _run(items: Iterable[Any], call: Callable[[Any], Any], before: Callable[[Any], Any] = lambda _: None) -> None:
-    """Call with each item, the smaller first."""
-    for item in items:
-        jax.block_until_ready(before(item))
-        began = time.perf_counter()
-        jax.block_until_ready(call(item))
-        if time.perf_counter() - began > _SECONDS:
-            return
-
-
-def _awake(programs: Programs, batches: Batches, batch: Batch, pages: Sequence[int]) -> Any:
+def _decode(programs: Programs, batches: Batches, batch: Batch, pages: Sequence[int]) -> Any:
     """Let a batch decode the first row of each shard for a step: where all are off, it ends before its first."""
     prompts, chunks, fresh = next(batches.every_prefill())
     for some in (chunks, batch):
         first = slice(None, None, len(some.rows) // batches.num_shards)
         some.rows[first], some.table[first, 0] = 0, pages
     prompts.start.left[:: len(chunks.rows) // batches.num_shards] = 2
-    return programs.prefill(prompts, chunks, fresh=fresh)
+    jax.block_until_ready(programs.prefill(prompts, chunks, fresh=fresh))
+    return programs.decode(batch, 1)

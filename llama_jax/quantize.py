@@ -27,7 +27,7 @@ from llama_jax.schemes import Quantization
 
 # On CPUs of how many rows at most and with a weight of how many values at least it is the left operand of a product:
 # with smaller ones, as with a single row and with many, both orders are as fast (docs/performance.md, "Few rows").
-_FEW_ROWS, _LARGE = 48, 2**20
+_FEW_ROWS, _LARGE = 64, 2**20
 
 _DEPTH = 64  # of products on TPUs, by docs/plan.md: half of the matrix unit's
 

@@ -25,7 +25,7 @@ class Device:
     def __init__(self, num_shards=1, num_pages=8, num_rows=4, *, chunk=16, steps=3, most=1, **options):
         pools = [PagePool(num_pages, SIZE) for _ in range(num_shards)]
         self.scheduler = Scheduler(
-            pools, num_rows, chunks=ChunkSizes(chunk, chunk, 4, 128), steps=steps, tokens_a_step=most, **options
+            pools, num_rows, chunks=ChunkSizes(chunk, chunk, 4, 4, 128), steps=steps, tokens_a_step=most, **options
         )
         self.steps, self.num_pages, self.most, self.draw = steps, num_pages, most, random.Random(7)
         self.memory = [[[None] * SIZE for _ in range(num_pages)] for _ in pools]
@@ -151,7 +151,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode():
 
 
 def test_chunks_that_begin_a_prompt_are_padded_by_less_than_half_and_others_more_coarsely():
-    sizes = ChunkSizes(longest=512, together=128, row_base=2, halved_from=64)
+    sizes = ChunkSizes(longest=512, together=128, row_base=2, later_base=4, halved_from=64)
     lengths = {
         fresh: sorted({sizes.length(tokens, fresh=fresh) for tokens in range(1, 513)}) for fresh in (True, False)
     }
