@@ -79,16 +79,19 @@ def test_random_requests_with_cancellations_leave_every_page_free(guesses, num_r
     assert all_pages_are_free(under_test)
 
 
-def test_schedules_were_hard_enough():
+@pytest.mark.parametrize(("pages", "chunk", "guesses"), ENGINES)
+def test_schedules_were_hard_enough(pages, chunk, guesses):
     """Of the engines above, run before this one."""
-    if not engine(8, 16).stats().prompt_tokens:
-        pytest.skip("no schedule was run")
-    assert engine(8, 16).stats().preemptions > 5
-    assert engine(64, 16).stats().prefix_hit_tokens > 100
-    assert len(engine(64, 16)._compiled) < 40
-    for pages, chunk, guesses in ENGINES[4:]:
-        stats = engine(pages, chunk, guesses=guesses).stats()
+    stats = engine(pages, chunk, guesses=guesses).stats()
+    if stats.prompt_tokens < 1000:
+        pytest.skip("its schedules ran in another process, or not at all")
+    if pages == 8:
+        assert stats.preemptions > 5
+    if pages == 64:
+        assert stats.prefix_hit_tokens > 100
+    if guesses:
         assert 100 < stats.accepted_tokens < stats.draft_tokens
+    assert stats.compilations < 40
 
 
 @pytest.mark.parametrize("spec", ["data=2,tensor=4", "context=2,tensor=4", "data=2,context=4", "fsdp=8"])
@@ -175,7 +178,7 @@ def test_warmup_runs_every_program_and_leaves_nothing_behind(monkeypatch):
     run.clear()
     monkeypatch.setattr("infer.warm._SECONDS", -1.0)  # which have passed
     under_test.warmup()
-    assert not run
+    assert {key[0] for key in run} == {programs._remember}
 
 
 def test_warmup_beside_requests_runs_nothing_and_they_go_on():
