@@ -41,22 +41,23 @@ class ChunkSizes:
     """To which shapes chunks of prompts are padded.
 
     longest: tokens of a chunk. together: tokens of a shard's dispatch that has several. row_base: how much coarser the
-    next bucket of rows is, later_base that of tokens in chunks that do not begin a prompt. halved_from: those that do
-    and have more tokens may end halfway between two powers.
+    next bucket of rows is, later_base that of tokens in chunks that do not begin a prompt. Those that do are padded to
+    the next power of two or, where that comes first, to a multiple of finest tokens and of that part of the power.
     """
 
     longest: int
     together: int
     row_base: int
     later_base: int
-    halved_from: int
+    finest: int
+    part: float
 
     def length(self, tokens: int, *, fresh: bool) -> int:
         """To how many tokens a chunk is padded; coarser where a table makes for more programs."""
         length = bucket(max(MIN_CHUNK, tokens), base=2 if fresh else self.later_base)
-        halfway = 3 * length // 4
-        if fresh and max(tokens - 1, self.halved_from) < halfway:
-            length = halfway
+        if fresh:
+            step = max(self.finest, int(self.part * length))
+            length = min(length, -(-tokens // step) * step)
         return min(length, self.longest)
 
     def most_rows(self, length: int) -> int:

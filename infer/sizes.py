@@ -82,8 +82,8 @@ def chunk_sizes(prefill_chunk: int, platform: str) -> ChunkSizes:
     the weights, and few programs compile sooner.
     """
     if platform == "cpu":
-        return ChunkSizes(prefill_chunk, min(prefill_chunk, 128), row_base=2, later_base=2, halved_from=64)
-    return ChunkSizes(prefill_chunk, prefill_chunk, row_base=4, later_base=4, halved_from=128)
+        return ChunkSizes(prefill_chunk, min(prefill_chunk, 128), row_base=2, later_base=2, finest=32, part=1 / 8)
+    return ChunkSizes(prefill_chunk, prefill_chunk, row_base=4, later_base=4, finest=64, part=1 / 4)
 
 
 def page_size(max_seq_len: int, multiple: int, platform: str) -> int:

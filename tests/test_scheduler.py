@@ -25,7 +25,12 @@ class Device:
     def __init__(self, num_shards=1, num_pages=8, num_rows=4, *, chunk=16, steps=3, most=1, **options):
         pools = [PagePool(num_pages, SIZE) for _ in range(num_shards)]
         self.scheduler = Scheduler(
-            pools, num_rows, chunks=ChunkSizes(chunk, chunk, 4, 4, 128), steps=steps, tokens_a_step=most, **options
+            pools,
+            num_rows,
+            chunks=ChunkSizes(chunk, chunk, 4, 4, 64, 1 / 4),
+            steps=steps,
+            tokens_a_step=most,
+            **options,
         )
         self.steps, self.num_pages, self.most, self.draw = steps, num_pages, most, random.Random(7)
         self.memory = [[[None] * SIZE for _ in range(num_pages)] for _ in pools]
@@ -150,13 +155,15 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode():
     assert all(decoding == [short] for _, decoding in rounds)
 
 
-def test_chunks_that_begin_a_prompt_are_padded_by_less_than_half_and_others_more_coarsely():
-    sizes = ChunkSizes(longest=512, together=128, row_base=2, later_base=4, halved_from=64)
+def test_chunks_that_begin_a_prompt_are_padded_by_less_and_others_more_coarsely():
+    sizes = ChunkSizes(longest=512, together=128, row_base=2, later_base=4, finest=32, part=1 / 8)
     lengths = {
         fresh: sorted({sizes.length(tokens, fresh=fresh) for tokens in range(1, 513)}) for fresh in (True, False)
     }
-    assert lengths == {True: [16, 32, 64, 96, 128, 192, 256, 384, 512], False: [16, 64, 256, 512]}
-    assert all(tokens <= sizes.length(tokens, fresh=True) < 1.5 * tokens for tokens in range(65, 513))
+    assert lengths == {True: [16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512], False: [16, 64, 256, 512]}
+    assert all(
+        tokens <= sizes.length(tokens, fresh=True) < max(tokens + 32, 1.25 * tokens) for tokens in range(33, 513)
+    )
     assert sorted(sizes.shapes(16, fresh=True))[:5] == [(1, 16), (1, 32), (1, 64), (1, 96), (1, 128)]
     for tokens, count in itertools.product((1, 40, 100, 300), range(1, 9)):
         length = sizes.length(tokens, fresh=True)
