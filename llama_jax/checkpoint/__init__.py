@@ -36,8 +36,9 @@ def load(
     Each process reads only the slices that its devices hold. dtype defaults to the checkpoint's on
     TPU and GPU and to float32 on CPU. quantize ("int8", "int4", "fp8", "nf4" or another of llama_jax.schemes)
     rounds the weights of its products as they come. Without dtype and quantize, weights that are stored in few
-    bits stay so where the model can hold them. Outside any mesh the largest legal `tensor` among a process's
-    devices, the rest `data`, becomes the global mesh. Raises ValueError or FileNotFoundError with
+    bits stay so where the model can hold them. On CPUs weights of layout "layers" have their outputs first: see
+    `llama_jax.outputs_first.in_own_order` for arrays in their place. Outside any mesh the largest legal `tensor`
+    among a process's devices, the rest `data`, becomes the global mesh. Raises ValueError or FileNotFoundError with
     what is wrong, before a weight is read also if the devices cannot hold them.
     """
     checkpoint = open_checkpoint(path, overrides=overrides, allow_unknown_config=allow_unknown_config)

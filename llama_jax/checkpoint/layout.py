@@ -68,7 +68,8 @@ def read_model(
 ) -> Llama:
     """A model on the ambient mesh, filled from a source whose tensors have been checked, quantized by a scheme.
 
-    Of a KeptSource it holds the weights that are stored in few bits as they are, where model and mesh let it.
+    Of a KeptSource it holds the weights that are stored in few bits as they are, where model and mesh let it. On CPUs
+    the float weights of "layers" have their outputs first (llama_jax/outputs_first.py).
 
     Threads read, cast and transpose blocks of several leaves at once, while finished leaves go to
     the devices in order. The host holds 1 GiB of parts, or one leaf's if those are larger; where
