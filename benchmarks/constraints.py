@@ -63,7 +63,7 @@ def main() -> None:
     open_devices()
     where, tokenizer = environment(), load_tokenizer(args.checkpoint)
     with llama_jax.use_mesh("data=1"):
-        model = llama_jax.load(args.checkpoint, layout="layers")
+        model = llama_jax.load(args.checkpoint, layout="decoding")
     engine = Engine(model, tokenizer, max_batch_size=args.rows, cache=CacheOptions(share_prefixes=False))
     grammars = Grammars(tokenizer, model.cfg.vocab_size)
     found: dict[int, list[dict[str, float]]] = {0: [], 1: [], args.rows: []}

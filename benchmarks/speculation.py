@@ -51,10 +51,10 @@ def main() -> None:
     open_devices()
     where, tokenizer = environment(), load_tokenizer(args.checkpoint)
     with llama_jax.use_mesh("data=1"):
-        model = llama_jax.load(args.checkpoint, layout="layers")
+        model = llama_jax.load(args.checkpoint, layout="decoding")
         guessers = {"none": None, "ngram": Ngrams(args.num_draft_tokens)}
         if args.draft:
-            draft = llama_jax.load(args.draft, layout="layers")
+            draft = llama_jax.load(args.draft, layout="decoding")
             guessers["draft"] = DraftModel(draft, args.num_draft_tokens)
     cache = CacheOptions(share_prefixes=False)  # each round computes its prompts
     engines = {name: Engine(model, cache=cache, speculation=guesser) for name, guesser in guessers.items()}

@@ -14,7 +14,7 @@ def main(checkpoint: str, context: str, rows: str) -> None:
 
     open_devices()
     with llama_jax.use_mesh():
-        model = llama_jax.load(checkpoint, dtype="float32", layout="layers")
+        model = llama_jax.load(checkpoint, dtype="float32", layout="decoding")
     engine = Engine(model, llama_jax.load_tokenizer(checkpoint), max_seq_len=int(context), max_batch_size=int(rows))
 
     def run(prompts: list[str], tokens: int) -> dict:

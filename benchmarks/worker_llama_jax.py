@@ -100,7 +100,7 @@ def main() -> None:
 
     @functools.cache
     def inference() -> Inference:
-        return Inference(llama_jax.load(args.checkpoint, dtype=args.dtype, layout="layers"))
+        return Inference(llama_jax.load(args.checkpoint, dtype=args.dtype, layout="decoding"))
 
     @functools.cache
     def training(rows: int, length: int) -> Training:

@@ -42,7 +42,7 @@ class Engine:
         hosts: Hosts | None = None,
         speculation: DraftModel | Ngrams | None = None,
     ):
-        """Serve a model; layout "layers" decodes fastest.
+        """Serve a model; one that is loaded with layout="decoding" is fastest.
 
         max_seq_len bounds prompt plus new tokens, by default and at most the model's, and by what the cache
         holds. speculation: what guesses tokens ahead. hosts: in the first of several processes, which alone has an

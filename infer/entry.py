@@ -187,7 +187,7 @@ def load_speculation(
     with jax.set_mesh(mesh):
         dtype = weights_dtype(draft, args.dtype)
         _check_memory(draft.cfg, mesh, dtype, None, num_tokens=1, what="the draft, beside the model,")
-        return DraftModel(load_opened(draft, dtype=dtype, layout="layers"), num_tokens)
+        return DraftModel(load_opened(draft, dtype=dtype, layout="decoding"), num_tokens)
 
 
 def open_model(args: argparse.Namespace, check: "Check | None" = None) -> "Checkpoint":
@@ -256,7 +256,7 @@ def load_model(args: argparse.Namespace, checkpoint: "Checkpoint", hosts: "Hosts
         limit = args.max_seq_len or checkpoint.cfg.max_seq_len
         if not (keep and checkpoint.packed):  # else load_opened knows what the weights need
             _check_memory(checkpoint.cfg, mesh, dtype, args.quantize, num_tokens=min(limit, num_tokens))
-        model = load_opened(checkpoint, dtype=dtype, layout="layers", quantize=args.quantize, keep=keep)
+        model = load_opened(checkpoint, dtype=dtype, layout="decoding", quantize=args.quantize, keep=keep)
         return load_adapters(model, adapters) if adapters else model
 
 

@@ -61,7 +61,7 @@ def saved(tmp_path_factory):
 def adapted(saved, mesh="data=1"):
     base, directories = saved
     with llama_jax.use_mesh(mesh):
-        return load_adapters(llama_jax.load(base, layout="layers"), directories)
+        return load_adapters(llama_jax.load(base, layout="decoding"), directories)
 
 
 def short_chunks(model):

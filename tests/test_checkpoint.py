@@ -297,7 +297,7 @@ def test_options_that_do_not_exist_are_refused(hf):
         for dtype in ("bf16", "int8"):
             with pytest.raises(ValueError, match=f"dtype='{dtype}' is no type of floats; expected 'float32'"):
                 llama_jax.load(hf["float32"], dtype=dtype)
-        with pytest.raises(ValueError, match="layout='flat'; expected one of stacked, layers"):
+        with pytest.raises(ValueError, match="layout='flat'; expected one of stacked, layers, decoding"):
             llama_jax.load(hf["float32"], layout="flat")  # pyright: ignore
 
 

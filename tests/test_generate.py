@@ -89,7 +89,7 @@ def expected(checkpoint):
     from infer.engine import Engine
 
     with llama_jax.use_mesh("data=1"):
-        engine = Engine(llama_jax.load(checkpoint, layout="layers"), load_tokenizer(checkpoint))
+        engine = Engine(llama_jax.load(checkpoint, layout="decoding"), load_tokenizer(checkpoint))
     return engine.generate("def f", SamplingParams(max_new_tokens=8))[0]
 
 

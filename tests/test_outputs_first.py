@@ -65,8 +65,9 @@ def test_a_product_and_its_gradients_are_those_of_the_weight_in_its_own_order(su
 def test_a_model_is_read_so_for_decoding_and_computes_the_same_on_every_mesh(files, mesh, monkeypatch):
     monkeypatch.setattr(quantize, "_LARGE", 1)
     with use_mesh(mesh):
-        model, stacked = llama_jax.load(files, layout="layers"), llama_jax.load(files)
+        model, stacked = llama_jax.load(files, layout="decoding"), llama_jax.load(files)
         assert isinstance(model.layers[1].mlp.w_gate[...], OutputsFirst)
+        assert isinstance(llama_jax.load(files, layout="layers").layers[1].mlp.w_gate[...], jax.Array)
         np.testing.assert_allclose(jax.jit(Llama.__call__)(model, TOKENS), stacked(TOKENS), rtol=1e-4, atol=1e-5)
         weight, plain = model.layers[1].attention.wo[...], in_own_order(model).layers[1].attention.wo[...]
         assert weight.shape == plain.shape == stacked.layers.attention.wo.shape[1:]
@@ -77,16 +78,16 @@ def test_a_model_is_read_so_for_decoding_and_computes_the_same_on_every_mesh(fil
 @pytest.mark.parametrize("format", ["hf", "orbax"])
 def test_it_is_written_as_it_was_read(files, format, tmp_path):
     with use_mesh("data=1"):
-        llama_jax.save(llama_jax.load(files, layout="layers"), tmp_path / "again", format)
+        llama_jax.save(llama_jax.load(files, layout="decoding"), tmp_path / "again", format)
         again, expected = llama_jax.load(tmp_path / "again"), llama_jax.load(files)
     jax.tree.map(np.testing.assert_array_equal, again, expected)
 
 
 def test_its_weights_are_quantized_and_adapted_in_their_own_order(files):
     with use_mesh("data=1"):
-        model = llama_jax.load(files, layout="layers")
+        model = llama_jax.load(files, layout="decoding")
         narrow = quantize_model(model, find_scheme("int8"), TINY.num_layers)
-        expected = llama_jax.load(files, layout="layers", quantize="int8")
+        expected = llama_jax.load(files, layout="decoding", quantize="int8")
         assert isinstance(narrow.layers[0].mlp.w_down[...], QuantizedArray)
         jax.tree.map(np.testing.assert_array_equal, narrow, expected)
         adapted = with_fresh_adapter(model, jax.random.key(0), rank=2)
@@ -96,4 +97,4 @@ def test_its_weights_are_quantized_and_adapted_in_their_own_order(files):
 
 def test_such_a_weight_is_not_indexed(files):
     with use_mesh("data=1"), pytest.raises(TypeError, match="index what `in_own_order` gives"):
-        llama_jax.load(files, layout="layers").layers[0].mlp.w_up[...][0]
+        llama_jax.load(files, layout="decoding").layers[0].mlp.w_up[...][0]

@@ -12,12 +12,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from llama_jax.checkpoint.formats import FORMATS, Checkpoint, Format, open_checkpoint, write_checkpoint
-from llama_jax.checkpoint.layout import ModelSource, kept_weights, read_model
+from llama_jax.checkpoint.layout import ModelSource, ReadLayout, kept_weights, read_model
 from llama_jax.checkpoint.quantized.keeping import KeptSource
 from llama_jax.entry import say
 from llama_jax.memory import bytes_a_device, check_fit, weight_bytes
 from llama_jax.mesh import inference_mesh_spec, make_mesh
-from llama_jax.model import Layout, Llama
+from llama_jax.model import Llama
 from llama_jax.paths import as_path, staged_directory
 from llama_jax.schemes import find_scheme
 
@@ -26,7 +26,7 @@ def load(
     path: str | Path,
     *,
     dtype: DTypeLike | None = None,
-    layout: Layout = "stacked",
+    layout: ReadLayout = "stacked",
     quantize: str | None = None,
     overrides: dict[str, Any] | None = None,
     allow_unknown_config: bool = False,
@@ -36,10 +36,10 @@ def load(
     Each process reads only the slices that its devices hold. dtype defaults to the checkpoint's on
     TPU and GPU and to float32 on CPU. quantize ("int8", "int4", "fp8", "nf4" or another of llama_jax.schemes)
     rounds the weights of its products as they come. Without dtype and quantize, weights that are stored in few
-    bits stay so where the model can hold them. On CPUs weights of layout "layers" have their outputs first: see
-    `llama_jax.outputs_first.in_own_order` for arrays in their place. Outside any mesh the largest legal `tensor`
-    among a process's devices, the rest `data`, becomes the global mesh. Raises ValueError or FileNotFoundError with
-    what is wrong, before a weight is read also if the devices cannot hold them.
+    bits stay so where the model can hold them. layout: "stacked" and "layers" are those of `Llama`, and "decoding" is
+    "layers" for an engine, whose weights are no plain arrays on CPUs (`llama_jax.outputs_first`). Outside any mesh the
+    largest legal `tensor` among a process's devices, the rest `data`, becomes the global mesh. Raises ValueError or
+    FileNotFoundError with what is wrong, before a weight is read also if the devices cannot hold them.
     """
     checkpoint = open_checkpoint(path, overrides=overrides, allow_unknown_config=allow_unknown_config)
     keep = dtype is None and quantize is None
@@ -50,13 +50,13 @@ def load_opened(
     checkpoint: Checkpoint,
     *,
     dtype: DTypeLike | None = None,
-    layout: Layout = "stacked",
+    layout: ReadLayout = "stacked",
     quantize: str | None = None,
     keep: bool = False,
 ) -> Llama:
     """`load` of a checkpoint that is already open; keep: weights that are stored in few bits stay so."""
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout={layout!r}; expected one of {', '.join(get_args(Layout))}")
+    if layout not in get_args(ReadLayout):
+        raise ValueError(f"layout={layout!r}; expected one of {', '.join(get_args(ReadLayout))}")
     scheme = None if quantize is None else find_scheme(quantize)
     if jax.sharding.get_abstract_mesh().empty:
         jax.set_mesh(make_mesh(inference_mesh_spec(checkpoint.cfg, jax.device_count(), jax.local_device_count())))

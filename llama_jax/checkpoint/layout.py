@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,16 @@ from llama_jax.checkpoint.names import StoredWeight, canonical_shapes, stored_we
 from llama_jax.checkpoint.quantized.keeping import KeptSource
 from llama_jax.checkpoint.source import Source, TensorSpec
 from llama_jax.config import LlamaConfig
-from llama_jax.model import Layout, Llama
+from llama_jax.model import Llama
 from llama_jax.outputs_first import OutputsFirst
 from llama_jax.progress import progress
 from llama_jax.quantize import QuantizedArray, block_spec, multiplies_itself
 from llama_jax.rounding import num_blocks, quantize_weight
 from llama_jax.schemes import INPUT_DIMS, Quantization, Scheme
 from llama_jax.tree import leaf_name
+
+# "decoding": as "layers", on CPUs with the outputs of its float weights first (llama_jax/outputs_first.py).
+ReadLayout = Literal["stacked", "layers", "decoding"]
 
 # Buffers that old exporters wrote beside the weights; they follow from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -64,12 +67,11 @@ def check_tensors(cfg: LlamaConfig, source: Source, file_of: Callable[[str], Pat
 
 
 def read_model(
-    cfg: LlamaConfig, source: Source, *, dtype: DTypeLike, layout: Layout = "stacked", scheme: Scheme | None = None
+    cfg: LlamaConfig, source: Source, *, dtype: DTypeLike, layout: ReadLayout = "stacked", scheme: Scheme | None = None
 ) -> Llama:
     """A model on the ambient mesh, filled from a source whose tensors have been checked, quantized by a scheme.
 
-    Of a KeptSource it holds the weights that are stored in few bits as they are, where model and mesh let it. On CPUs
-    the float weights of "layers" have their outputs first (llama_jax/outputs_first.py).
+    Of a KeptSource it holds the weights that are stored in few bits as they are, where model and mesh let it.
 
     Threads read, cast and transpose blocks of several leaves at once, while finished leaves go to
     the devices in order. The host holds 1 GiB of parts, or one leaf's if those are larger; where
@@ -102,19 +104,22 @@ def read_model(
     return jax.tree.unflatten(tree, [_together(group, [next(weights) for _ in group]) for group in groups])
 
 
-def kept_weights(cfg: LlamaConfig, source: Source, *, dtype: DTypeLike, layout: Layout) -> list[jax.ShapeDtypeStruct]:
+def kept_weights(
+    cfg: LlamaConfig, source: Source, *, dtype: DTypeLike, layout: ReadLayout
+) -> list[jax.ShapeDtypeStruct]:
     """The arrays, with their shardings, that `read_model` will hold."""
     groups, _ = _plan(cfg, source, np.dtype(dtype), layout, None)
     return [leaf.abstract for group in groups for leaf in group]
 
 
 def _plan(
-    cfg: LlamaConfig, source: Source, dtype: np.dtype, layout: Layout, scheme: Scheme | None
+    cfg: LlamaConfig, source: Source, dtype: np.dtype, layout: ReadLayout, scheme: Scheme | None
 ) -> "tuple[list[list[_Leaf]], Any]":
     """What is read for each leaf of the model, and the tree of these."""
-    abstract = jax.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), layout=layout))
+    of_model = "stacked" if layout == "stacked" else "layers"
+    abstract = jax.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0), layout=of_model))
     found, tree = jax.tree.flatten_with_path(abstract)
-    turned = layout == "layers" and get_mesh().devices.flat[0].platform == "cpu"
+    turned = layout == "decoding" and get_mesh().devices.flat[0].platform == "cpu"
     groups = []
     for path, leaf in found:
         kept = _kept(cfg, path, leaf, source) if isinstance(source, KeptSource) and scheme is None else None
