@@ -93,7 +93,7 @@ def rounded_in_training(model: Model, scheme: Scheme | None, num_layers: int) ->
         covered = scheme.covers(name, num_layers)
         return RoundedWeight(weight, scheme, INPUT_DIMS[name.rpartition(".")[2]]) if covered else weight
 
-    return jax.tree.map_with_path(at, in_own_order(model))
+    return jax.tree.map_with_path(at, model)
 
 
 def computed_in(model: Model, dtype: DTypeLike) -> Model:
