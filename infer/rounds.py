@@ -243,9 +243,9 @@ class Rounds:
     def _send(self, prefill_first: bool) -> None:
         """Prompts first, which have waited; then what decodes goes on, and with it those whose prompts have ended."""
         scheduler = self._scheduler
-        if not prefill_first:
-            scheduler.plan_decode()  # has pages for those that run before others come
-        chunks = scheduler.plan_prefill()
+        # Those that run have pages before others come, and do not wait for a whole chunk of a slow model.
+        decoding = [] if prefill_first else scheduler.plan_decode()
+        chunks = scheduler.plan_prefill(self.throughput.tokens_of_a_chunk() if decoding else None)
         if chunks:
             self._send_prefill(self._batches.first_of(chunks))
         if not (chunks and prefill_first):

@@ -60,6 +60,13 @@ class ChunkSizes:
             length = min(length, -(-tokens // step) * step)
         return min(length, self.longest)
 
+    def shape_within(self, tokens: int) -> int:
+        """The longest chunk without padding, of any kind, that has at most so many tokens; the shortest if none has."""
+        length = MIN_CHUNK
+        while length * self.later_base <= tokens:
+            length *= self.later_base
+        return min(length, self.longest)
+
     def most_rows(self, length: int) -> int:
         """Rows a shard of a dispatch of chunks of this length."""
         return max(1, self.together // length)
@@ -210,8 +217,11 @@ class Scheduler:
             full = sequence.cached // size
             self.pools[sequence.shard].name(sequence.pages[:full], sequence.names[:full])
 
-    def plan_prefill(self) -> list[Chunk]:
-        """The chunks that are prefilled now: that of the oldest, and others no longer, begun or not as it is."""
+    def plan_prefill(self, most: int | None = None) -> list[Chunk]:
+        """The chunks that are prefilled now: that of the oldest, and others no longer, begun or not as it is.
+
+        most: tokens of a chunk, as far as there are shapes for them.
+        """
         self._admit_waiting()
         filling = [s for s in self.running if not s.filled]
         if not filling:
@@ -219,6 +229,8 @@ class Scheduler:
         first = filling[0]
         fresh = first.cached == 0
         length = self._chunks.length(first.to_fill - first.cached, fresh=fresh)
+        if most is not None and most < length:
+            length = self._chunks.shape_within(most)
         special = first.special
         # Those of few requests are coarse: one at a time keeps their programs few, too.
         rows_left = dict.fromkeys(range(len(self.pools)), 1 if special else self._chunks.most_rows(length))

@@ -12,6 +12,10 @@ _MOST = 0.7
 # Seconds of a dispatch of several decoding steps, for which a prompt that comes meanwhile has to wait.
 _LONGEST = 0.05
 
+# Seconds of a chunk of a prompt for which those that decode have to wait, and tokens that it has however slow it is.
+_LONGEST_CHUNK = 1.0
+_LEAST_CHUNK = 64
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -47,7 +51,8 @@ class Throughput:
     Tokens that were found in the cache are not counted. first_token_seconds is the time from the start of the run to
     its first token, and first_compile_seconds how much of that was compiling.
     last_read is what the clock showed when the last dispatch had been read, last_steps the seconds of a step in the
-    last two that decoded. draft_tokens were guessed ahead, and accepted_tokens of them rightly.
+    last two that decoded, last_chunks those of a token in the last two of prompts. draft_tokens were guessed ahead, and
+    accepted_tokens of them rightly.
     """
 
     compile_seconds: float = 0.0
@@ -62,6 +67,7 @@ class Throughput:
     began: float = field(default_factory=time.perf_counter)
     last_read: float = 0.0
     last_steps: tuple[float, float] = (0.0, 0.0)
+    last_chunks: tuple[float, float] = (0.0, 0.0)
 
     def clock(self) -> float:
         """Seconds that do not pass while a program compiles."""
@@ -69,8 +75,10 @@ class Throughput:
 
     def count_prefill(self, dispatched: float, tokens: int, new: int) -> None:
         """So many tokens of prompts, sent when the clock showed dispatched, have been read and brought new ones."""
-        self.prefill_seconds += self._read(dispatched, new)
+        seconds = self._read(dispatched, new)
+        self.prefill_seconds += seconds
         self.prefill_tokens += tokens
+        self.last_chunks = self.last_chunks[1], seconds / tokens
 
     def count_decode(self, dispatched: float, steps: int, new: int) -> None:
         """Likewise so many steps of decoding."""
@@ -90,6 +98,11 @@ class Throughput:
     def steps_of_a_dispatch(self, most: int) -> int:
         """How many steps of decoding a prompt that comes can be let wait for, as far as is known."""
         return max(1, min(most, int(_LONGEST / max(1e-9, min(self.last_steps)))))
+
+    def tokens_of_a_chunk(self) -> int | None:
+        """How many tokens of a prompt those that decode can be let wait for; None as long as nothing is known."""
+        seconds = min(self.last_chunks)
+        return max(_LEAST_CHUNK, int(_LONGEST_CHUNK / seconds)) if seconds else None
 
     def spare_seconds(self, dispatched: float, steps: int) -> float:
         """Until most has run of a dispatch of decoding, sent at this time of the clock, if its steps take as before.

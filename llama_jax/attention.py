@@ -33,6 +33,7 @@ _MAX_BLOCK = 512
 _MAX_SCORES = 2**26  # of `gathered_attention`, at once
 _LANES = 128
 LONGEST_IN_BLOCKS = 2048  # tokens of a sequence, on CPUs
+_CHUNK_TILE = 256  # of a chunk of a prompt, most of whose keys stand before it
 
 
 def attend(q: Array, k: Array, v: Array, *, queries: Tokens, keys: Tokens, out_sharding: PartitionSpec) -> Array:
@@ -150,7 +151,8 @@ def cpu_paged_attention(q: Array, pages: Pages, table: Array, positions: Array, 
     k, v = gather_pages(pages, table, q.dtype)
     # What is off stands before every table and what pads a chunk behind it.
     places = jnp.where((positions >= 0) & (positions < k.shape[2]), positions, 0).max(axis=0)
-    return tiled_attention(q, k, v, Tokens(positions, None), Tokens(page_positions(pages, table), None), places)
+    queries, keys = Tokens(positions, None), Tokens(page_positions(pages, table), None)
+    return tiled_attention(q, k, v, queries, keys, places, tile=_CHUNK_TILE)
 
 
 def mesh_axes(split: str | tuple[str, ...] | None) -> tuple[str, ...]:

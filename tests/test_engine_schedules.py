@@ -339,6 +339,35 @@ def test_slow_steps_are_fewer_to_a_dispatch():
     assert steps == [8, 8, 8, 2, 2, 1]
 
 
+def test_chunks_of_slow_prompts_are_shorter_while_others_decode():
+    throughput = Throughput()
+    tokens = []
+    for seconds in (0.1, 0.1, 5.0, 5.0, 50.0, 50.0):
+        sent = throughput.clock() - seconds
+        throughput.last_read = sent
+        throughput.count_prefill(sent, 512, 0)
+        tokens.append(throughput.tokens_of_a_chunk())
+    assert tokens[0] is None and tokens[1] > 4000 < tokens[2] and 90 < tokens[3] < 103 > tokens[4] and tokens[5] == 64
+
+
+def test_a_slow_prompt_is_computed_in_short_chunks_only_while_others_decode(monkeypatch):
+    under_test, chunks = engine(64, 64), []
+    scheduler = under_test._rounds._scheduler
+    plan, prompt = scheduler.plan_prefill, [token % 40 for token in range(43)]
+    monkeypatch.setattr(under_test._rounds.throughput, "tokens_of_a_chunk", lambda: 20)
+    monkeypatch.setattr(scheduler, "plan_prefill", lambda most: chunks.append(plan(most)) or chunks[-1])
+    first, second = under_test.requests([prompt, prompt[::-1]], SamplingParams(max_new_tokens=20))
+    under_test.add(first)
+    while len(first.result.tokens) < 4:
+        under_test.step()
+    under_test.add(second)
+    while under_test.has_work:
+        under_test.step()
+    assert [chunk[1:] for planned in chunks for chunk in planned] == [(0, 43), (0, 16), (16, 32), (32, 43)]
+    for request in (first, second):
+        assert request.result.tokens == list(alone(tuple(request.result.prompt_tokens), request.params))
+
+
 def test_of_several_candidates_the_best_are_given_best_first():
     settings = SamplingParams(max_new_tokens=5, temperature=1.0, n=2, best_of=4)
     results = engine(64, 16).generate(STEM[:9], settings)

@@ -22,7 +22,7 @@ def next_token(tokens: list[int]) -> int:
 class Device:
     """Pages of tokens, written and read as the tables say; results are handed out a round late."""
 
-    def __init__(self, num_shards=1, num_pages=8, num_rows=4, *, chunk=16, steps=3, most=1, **options):
+    def __init__(self, num_shards=1, num_pages=8, num_rows=4, *, chunk=16, steps=3, most=1, limits=(None,), **options):
         pools = [PagePool(num_pages, SIZE) for _ in range(num_shards)]
         self.scheduler = Scheduler(
             pools,
@@ -33,6 +33,7 @@ class Device:
             **options,
         )
         self.steps, self.num_pages, self.most, self.draw = steps, num_pages, most, random.Random(7)
+        self.limits = limits  # of chunks
         self.memory = [[[None] * SIZE for _ in range(num_pages)] for _ in pools]
         self.rows = {}  # (shard, row) -> tokens, the last of which is not in a page yet
         self.in_flight = []
@@ -76,7 +77,7 @@ class Device:
     def round(self):
         scheduler = self.scheduler
         decoding = scheduler.plan_decode()
-        chunks = scheduler.plan_prefill()
+        chunks = scheduler.plan_prefill(self.draw.choice(self.limits))
         now = [self.prefill(chunk) for chunk in chunks]
         scheduler.prefilled(chunks)
         now += [self.decode(sequence) for sequence in decoding]
@@ -121,7 +122,7 @@ def test_ten_thousand_random_requests_with_aborts_say_the_right_tokens_and_leave
 ):
     """Also where a step brings up to most tokens, and leaves wrong guesses after them in the pages."""
     draw = random.Random(num_shards)
-    device = Device(num_shards, num_pages=9, most=most, share_prefixes=share)
+    device = Device(num_shards, num_pages=9, chunk=64, most=most, limits=(None, 20), share_prefixes=share)
     scheduler, sent, expected = device.scheduler, 0, {}
     while sent < 2500 or device.busy:
         if sent < 2500 and draw.random() < 0.5:
@@ -164,6 +165,7 @@ def test_chunks_that_begin_a_prompt_are_padded_by_less_and_others_more_coarsely(
     assert all(
         tokens <= sizes.length(tokens, fresh=True) < max(tokens + 32, 1.25 * tokens) for tokens in range(33, 513)
     )
+    assert [sizes.shape_within(tokens) for tokens in (1, 16, 63, 64, 255, 256, 9999)] == [16, 16, 16, 64, 64, 256, 512]
     assert sorted(sizes.shapes(16, fresh=True))[:5] == [(1, 16), (1, 32), (1, 64), (1, 96), (1, 128)]
     for tokens, count in itertools.product((1, 40, 100, 300), range(1, 9)):
         length = sizes.length(tokens, fresh=True)

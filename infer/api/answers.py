@@ -1,15 +1,17 @@
-"""The pieces that OpenAI's answers are made of: ids, usage, log-probabilities and streams of events."""
+"""How an answer is sent, whole or as events, and the pieces of OpenAI's: ids, usage and log-probabilities."""
 
 import contextlib
 import json
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from typing import Any, Protocol
 
-from starlette.responses import StreamingResponse
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from infer.api.errors import ApiError
+from infer.api.server import Server, unless_gone
 from infer.request import Request, Result
 from llama_jax.tokenizer import Tokenizer
 
@@ -86,6 +88,36 @@ def completion_logprobs(
         ],
         "text_offset": offsets,
     }
+
+
+class Answer(Protocol):
+    """What an endpoint tells of requests: whole once they have ended, or as events while they run."""
+
+    requests: list[Request]
+
+    def whole(self) -> dict[str, Any]:
+        """The answer to the end."""
+        ...
+
+    def events(self) -> AsyncGenerator[str, None]:
+        """The answer as it comes; running the requests is its part."""
+        ...
+
+
+async def answered(
+    server: Server, http: HttpRequest, begin: Callable[[], Awaitable[Answer]], *, num_requests: int, stream: bool
+) -> Response:
+    """The response to a request that is let in, which counts until its answer has ended, however it does.
+
+    begin makes the answer of num_requests continuations, or raises ApiError.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(server.admitted(http, num_requests))
+        answer = await begin()
+        if stream:
+            return EventStream(answer.events(), stack.pop_all().close)
+        await unless_gone(http, lambda: server.finish(answer.requests))
+        return JSONResponse(answer.whole())
 
 
 class EventStream(StreamingResponse):

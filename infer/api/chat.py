@@ -9,13 +9,13 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from infer.api.answers import STREAMED, EventStream, chat_logprobs, events, new_id, usage
+from infer.api.answers import STREAMED, answered, chat_logprobs, events, new_id, usage
 from infer.api.constraints import asked_for
 from infer.api.errors import ApiError
 from infer.api.schemas import ChatRequest, Message, Tool
-from infer.api.server import Server, unless_gone
+from infer.api.server import Server
 from infer.api.tools import may_be_call, parse_calls
 from infer.request import Request
 from llama_jax.chat import encode_chat
@@ -28,13 +28,13 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         """Say what the assistant says next."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(server.admitted(http, server.num_choices(body)[1]))
-            answer = await begin(server, body)
-            if body.stream:
-                return EventStream(events(answer.chunks()), stack.pop_all().close)
-            await unless_gone(http, lambda: server.finish(answer.requests))
-            return JSONResponse(answer.whole())
+        return await answered(
+            server,
+            http,
+            lambda: begin(server, body),
+            num_requests=server.num_choices(body)[1],
+            stream=bool(body.stream),
+        )
 
     return routes
 
@@ -91,8 +91,12 @@ class Answer:
             )
         return self._head | {"object": "chat.completion", "choices": choices, "usage": self._usage()}
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The answer as it comes. What may be a call is held back until it is one or is not."""
+    def events(self) -> AsyncGenerator[str, None]:
+        """The answer as it comes."""
+        return events(self._chunks())
+
+    async def _chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The objects of its events. What may be a call is held back until it is one or is not."""
         turns = [Turn(request) for request in self.requests]
         async with contextlib.aclosing(self._server.stream(self.requests)) as deltas:
             for index in range(len(turns)):

@@ -7,13 +7,13 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from infer.api.answers import STREAMED, EventStream, best, completion_logprobs, events, new_id, usage
+from infer.api.answers import STREAMED, answered, best, completion_logprobs, events, new_id, usage
 from infer.api.constraints import asked_for
 from infer.api.errors import ApiError
 from infer.api.schemas import CompletionRequest
-from infer.api.server import Server, unless_gone
+from infer.api.server import Server
 from infer.request import Request
 
 _MOST_REQUESTS = 1024  # of all prompts and choices of one body
@@ -27,13 +27,9 @@ def router(server: Server) -> APIRouter:
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue one prompt or several, n times each."""
         num_requests = len(_prompts(body)) * server.num_choices(body, body.best_of)[1]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(server.admitted(http, num_requests))
-            answer = await begin(server, body)
-            if body.stream:
-                return EventStream(events(answer.chunks()), stack.pop_all().close)
-            await unless_gone(http, lambda: server.finish(answer.requests))
-            return JSONResponse(answer.whole())
+        return await answered(
+            server, http, lambda: begin(server, body), num_requests=num_requests, stream=bool(body.stream)
+        )
 
     return routes
 
@@ -81,8 +77,12 @@ class Answer:
         results = [request.result for request in self.requests]
         return self._head | {"choices": choices, "usage": usage(results[:: self._made], results)}
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+    def events(self) -> AsyncGenerator[str, None]:
         """The answer as it comes."""
+        return events(self._chunks())
+
+    async def _chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The objects of its events."""
         told = [0] * len(self.requests)
         begun = [False] * len(self.requests)
         options = self._body.stream_options

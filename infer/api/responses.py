@@ -11,13 +11,13 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from pydantic import ValidationError
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from infer.api import chat
-from infer.api.answers import STREAMED, EventStream, event, new_id
+from infer.api.answers import STREAMED, answered, event, new_id
 from infer.api.errors import ApiError
 from infer.api.schemas import ChatRequest, ResponsesItem, ResponsesMessage, ResponsesRequest, ResponsesToolChoice
-from infer.api.server import Server, unless_gone
+from infer.api.server import Server
 
 _ANY_TEXT = {"format": {"type": "text"}}
 
@@ -29,13 +29,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/responses", response_model=None, responses=STREAMED)
     async def responses(body: ResponsesRequest, http: HttpRequest) -> Response:
         """Answer a dialog."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(server.admitted(http))
-            answer = await begin(server, body)
-            if body.stream:
-                return EventStream(answer.events(), stack.pop_all().close)
-            await unless_gone(http, lambda: server.finish(answer.requests))
-            return JSONResponse(answer.whole())
+        return await answered(server, http, lambda: begin(server, body), num_requests=1, stream=bool(body.stream))
 
     return routes
 

@@ -24,15 +24,18 @@ TILE = 128  # the least; of long sequences an eighth, up to four times as much
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-def tiled_attention(q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, places: Array) -> Array:
+def tiled_attention(
+    q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens, places: Array, *, tile: int | None = None
+) -> Array:
     """Softmax attention computed in float32, returned in the dtype of v.
 
     q [B, T, K, G, H], k and v [B, K, S, H], keys in plain order; places int32 [T] are the indices of
     the queries among the keys. Returns [B, T, K, G, H]. A query sees the keys of its segment at
-    positions up to its own, none of which may stand after its place.
+    positions up to its own, none of which may stand after its place. tile: tokens of a tile, by default what is best
+    where queries and keys are one sequence, of which tiles skip half.
     """
     batch, length, num_kv_heads, num_groups, head_dim = q.shape
-    tile = min(length, max(TILE, min(4 * TILE, 1 << (-(-length // 8) - 1).bit_length())))
+    tile = min(length, tile or max(TILE, min(4 * TILE, 1 << (-(-length // 8) - 1).bit_length())))
     pad = -length % tile
     last_places = jnp.pad(places, (0, pad)).reshape(-1, tile).max(axis=1)
     rows = (q.astype(jnp.float32) * head_dim**-0.5).transpose(0, 2, 1, 3, 4)
