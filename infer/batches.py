@@ -136,7 +136,7 @@ class Batches:
         params = [SamplingParams()] * (self.num_shards * rows)
         for place, sequence in zip(places, sequences, strict=True):
             params[place] = sequence.request.params
-        told = any(s.request.params.prompt_logprobs is not None for s in sequences)
+        told = any(s.told_from is not None and s.told_from <= stop for s, _, stop in chunks)
         prompts = self.off_prompts(rows, length, params, told=told)
         for place, chunk in zip(places, chunks, strict=True):
             self._enter_chunk(prompts, batch, place, chunk)

@@ -212,12 +212,13 @@ class Engine:
         """Whether a request is not done."""
         return self._rounds.has_work
 
-    def step(self) -> list[tuple[Request, str]]:
+    def step(self, *, prefill_first: bool = False) -> list[tuple[Request, str]]:
         """One round: at most one prefill and one decode dispatch, and what the oldest on its way has brought.
 
-        That is every request that advanced, with the text that may be shown now.
+        That is every request that advanced, with the text that may be shown now. prefill_first: all rows are filled
+        before any decodes, as is best where nobody looks on.
         """
-        return self._rounds.step()
+        return self._rounds.step(prefill_first=prefill_first)
 
     @property
     def spare_seconds(self) -> float:

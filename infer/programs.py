@@ -22,10 +22,11 @@ from jax import Array
 from infer import steps
 from infer.rows import split_rows
 from infer.sampling import Choice, History, SamplingParams, empty_history, row_settings
-from infer.sizes import bytes_for_pages, platform
+from infer.sizes import bytes_for_pages
 from infer.steps import NUM_STOPS, Batch, Held, Prompts, RowState, Told
 from llama_jax.cache import init_pages
 from llama_jax.memory import bytes_a_device, check_program
+from llama_jax.mesh import platform
 from llama_jax.model import Llama
 
 if TYPE_CHECKING:

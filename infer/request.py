@@ -100,6 +100,11 @@ class Request:
         return asked or self.params.needs_history or self.constraint is not None or self._allowed is not None
 
     @property
+    def told_from(self) -> int | None:
+        """The first token of the prompt whose log-probability is asked for; None if none is."""
+        return None if self.params.prompt_logprobs is None else self.params.prompt_logprobs_from
+
+    @property
     def apart(self) -> bytes:
         """What keys and values of its tokens depend on beside them: its adapter."""
         return b"" if self.adapter < 0 else self.adapter.to_bytes(4)
@@ -127,9 +132,11 @@ class Request:
         result, count = self.result, self.params.prompt_logprobs
         if count is None or result.prompt_logprobs is None or result.prompt_top_logprobs is None:
             return
-        first, stop = start + 1, min(stop + 1, len(result.prompt_tokens))
-        result.prompt_logprobs[first:stop] = logprobs[: stop - first].tolist()
-        likeliest = pairs(top_tokens[: stop - first], top_logprobs[: stop - first], count)
+        first = max(start + 1, self.params.prompt_logprobs_from)
+        stop = min(stop + 1, len(result.prompt_tokens))
+        here = slice(first - start - 1, stop - start - 1)
+        result.prompt_logprobs[first:stop] = logprobs[here].tolist()
+        likeliest = pairs(top_tokens[here], top_logprobs[here], count)
         result.prompt_top_logprobs[first:stop] = likeliest or [[]] * (stop - first)
 
     def _advance(self, token: int) -> None:

@@ -22,13 +22,14 @@ from infer.request import Request, pairs
 from infer.sampling import Choice
 from infer.scheduler import Chunk, Scheduler, bucket
 from infer.scheduler import Sequence as Row
-from infer.sizes import CacheOptions, bases, chunk_sizes, page_size, platform
+from infer.sizes import CacheOptions, bases, chunk_sizes, page_size
 from infer.speculation import cache_multiple
 from infer.steps import Batch, Held, Prompts, Told, tokens_a_step
 from infer.throughput import EngineStats, Throughput
 from infer.warm import warm_up
 from llama_jax.attention import gathers_pages
 from llama_jax.entry import say
+from llama_jax.mesh import platform
 from llama_jax.model import Llama
 
 # Prefill and decode, and what they hold, abstract.
@@ -196,8 +197,8 @@ class Rounds:
         self._scheduler.add(row)
 
     def _row(self, request: Request) -> Row:
-        tokens, whole = list(request.result.prompt_tokens), request.params.prompt_logprobs is not None
-        return Row(tokens, len(tokens) + request.room, request, whole, request.special, request.apart)
+        tokens = list(request.result.prompt_tokens)
+        return Row(tokens, len(tokens) + request.room, request, request.told_from, request.special, request.apart)
 
     def drop(self, request: Request) -> None:
         """Let it go, done or not; its pages are free at once."""

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec, reshard
 
 from llama_jax.cache import ContiguousCache, LayerCache, PagedCache
 from llama_jax.kernels.paged import Pages, gather_pages
-from llama_jax.mesh import ShardingRules
+from llama_jax.mesh import ShardingRules, platform
 from llama_jax.model import Llama
 
 
@@ -68,8 +68,7 @@ def opened(model: Llama, pages: tuple[Pages, ...], table: Array, *, often: bool)
     would depend on when its dispatch began.
     """
     paged = tuple(PagedCache(layer, table) for layer in pages)
-    on_cpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu"
-    if often and on_cpu and model.rules.cache_multiple == 1 and pages[0].k_scale is None:
+    if often and platform() == "cpu" and model.rules.cache_multiple == 1 and pages[0].k_scale is None:
         return tuple(map(_gathered, paged))
     return paged
 

@@ -37,7 +37,8 @@ class SamplingParams:
     banned_tokens never come, and if there are any allowed_tokens, no others do.
 
     n texts are wanted, the best of best_of (n if None). logprobs: how many of the likeliest tokens
-    are told beside each chosen one; prompt_logprobs the same for the prompt's tokens, None for nothing.
+    are told beside each chosen one; prompt_logprobs the same for the prompt's tokens, None for nothing, but for those
+    before token prompt_logprobs_from, which may then be found in the cache.
     """
 
     max_new_tokens: int = 128
@@ -60,6 +61,7 @@ class SamplingParams:
     best_of: int | None = None
     logprobs: int = 0
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
 
     def __post_init__(self):
         """Raises ValueError naming the setting that is out of range."""
@@ -88,6 +90,7 @@ class SamplingParams:
             "best_of": (self.best_of is None or self.best_of >= self.n, "at least n"),
             "logprobs": (0 <= self.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
             "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MAX_LOGPROBS, f"None or 0 to {MAX_LOGPROBS}"),
+            "prompt_logprobs_from": (self.prompt_logprobs_from >= 0, "0 or more"),
         }
         for name, (legal, expected) in limits.items():
             if not legal:

@@ -60,12 +60,10 @@ class ChunkSizes:
             length = min(length, -(-tokens // step) * step)
         return min(length, self.longest)
 
-    def shape_within(self, tokens: int) -> int:
-        """The longest chunk without padding, of any kind, that has at most so many tokens; the shortest if none has."""
-        length = MIN_CHUNK
-        while length * self.later_base <= tokens:
-            length *= self.later_base
-        return min(length, self.longest)
+    def shape_within(self, tokens: int, *, fresh: bool) -> int:
+        """The longest chunk without padding that has at most so many tokens; the shortest if none has."""
+        shortest, most = min(MIN_CHUNK, self.longest), min(tokens, self.longest)
+        return next((n for n in range(most, shortest, -1) if self.length(n, fresh=fresh) == n), shortest)
 
     def most_rows(self, length: int) -> int:
         """Rows a shard of a dispatch of chunks of this length."""
@@ -88,14 +86,15 @@ class Sequence:
 
     to_fill: its tokens when it was given a row; cached: how many tokens stand in its pages once all that is
     dispatched has run; found: how many of them were there already when it first had a row; in_flight: steps that are
-    dispatched, each of which brings a token or more; whole: nothing of it is looked for in the cache; special: its
-    prompt is prefilled alone; apart: it shares pages only with those that have the same here.
+    dispatched, each of which brings a token or more; told_from: the first of its tokens whose log-probability is told,
+    for which the one before it must be computed; None if none is; special: its prompt is prefilled alone; apart: it
+    shares pages only with those that have the same here.
     """
 
     tokens: list[int]
     limit: int
     request: Any = None
-    whole: bool = False
+    told_from: int | None = None
     special: bool = False
     apart: bytes = b""
     shard: int = 0
@@ -230,7 +229,7 @@ class Scheduler:
         fresh = first.cached == 0
         length = self._chunks.length(first.to_fill - first.cached, fresh=fresh)
         if most is not None and most < length:
-            length = self._chunks.shape_within(most)
+            length = self._chunks.shape_within(most, fresh=fresh)
         special = first.special
         # Those of few requests are coarse: one at a time keeps their programs few, too.
         rows_left = dict.fromkeys(range(len(self.pools)), 1 if special else self._chunks.most_rows(length))
@@ -305,12 +304,14 @@ class Scheduler:
         return True
 
     def _shareable_names(self, sequence: Sequence) -> list[bytes]:
-        """Names of the full pages that it may find; its last token is always computed, for what comes after it."""
-        if not self._share_prefixes or sequence.whole:
+        """Names of the full pages that it may find; what comes after a token is known when that token is computed."""
+        if not self._share_prefixes:
             return []
-        size = self.pools[0].size
+        size, unknown = self.pools[0].size, len(sequence.tokens)
+        if sequence.told_from is not None:
+            unknown = min(unknown, max(1, sequence.told_from))
         extend_names(sequence.names, sequence.tokens, size, apart=sequence.apart)
-        return sequence.names[: (len(sequence.tokens) - 1) // size]
+        return sequence.names[: (unknown - 1) // size]
 
     def prefilled(self, chunks: List[Chunk]) -> None:
         """These chunks are dispatched; a last one brings a token."""

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
     from infer.api.limits import Limits
     from infer.api.server import Server
+    from infer.engine import Engine
     from infer.hosts import Hosts
+    from infer.sampling import SamplingParams
+    from llama_jax.tokenizer import Tokenizer
 
 API_KEY_VARIABLE = "LLAMA_JAX_API_KEYS"
 
@@ -223,6 +226,18 @@ def make_server(
     """The model of the options, loaded, in an engine that a worker will run. names are what clients call it."""
     from infer.api.server import Server
     from infer.api.worker import Worker
+
+    engine, tokenizer, defaults = load_engine(args, hosts)
+    if defaults.temperature == 0:  # OpenAI's default, where the checkpoint advises nothing
+        defaults = dataclasses.replace(defaults, temperature=1.0)
+    names = [*(names or [_name(args.checkpoint)]), *engine.adapter_names]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two models have one name: {', '.join(names)}; see --served-model-name and --adapter")
+    return Server(engine, tokenizer, Worker(engine, max_waiting=max_waiting), limits, defaults, names)
+
+
+def load_engine(args: argparse.Namespace, hosts: "Hosts") -> "tuple[Engine, Tokenizer, SamplingParams]":
+    """The model of the options, loaded, in an engine; its tokenizer, and how its checkpoint advises to sample."""
     from infer.engine import Engine
     from llama_jax.tokenizer import load_tokenizer
 
@@ -231,19 +246,14 @@ def make_server(
     nothing_given = argparse.Namespace(
         temperature=None, top_k=None, top_p=None, min_p=None, max_new_tokens=1, seed=0, stop=[]
     )
-    defaults = sampling_params(nothing_given, checkpoint)
-    if defaults.temperature == 0:  # OpenAI's default, where the checkpoint advises nothing
-        defaults = dataclasses.replace(defaults, temperature=1.0)
+    advised = sampling_params(nothing_given, checkpoint)
     draft = open_draft(args, checkpoint, tokenizer)
     model = load_model(args, checkpoint, hosts)
     speculation = load_speculation(args, model, draft, hosts)
     engine = Engine(
         model, tokenizer, max_seq_len=args.max_seq_len, hosts=hosts, speculation=speculation, **engine_options(args)
     )
-    names = [*(names or [_name(args.checkpoint)]), *engine.adapter_names]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two models have one name: {', '.join(names)}; see --served-model-name and --adapter")
-    return Server(engine, tokenizer, Worker(engine, max_waiting=max_waiting), limits, defaults, names)
+    return engine, tokenizer, advised
 
 
 def _name(checkpoint: str | None) -> str:

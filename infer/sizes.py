@@ -6,12 +6,13 @@ The invariant: a pool takes a stated share of what the devices have left.
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from infer.scheduler import ChunkSizes, bucket
 from llama_jax.config import LlamaConfig
 from llama_jax.memory import bytes_left, generation_bytes
+from llama_jax.mesh import platform
 
 # Tokens of a page on one device; to within so many a prompt is found in the cache. A TPU's lanes are 128.
 PAGE_SIZE = {"tpu": 128}
@@ -62,11 +63,6 @@ class CacheOptions:
             raise ValueError(f"prefill_chunk={self.prefill_chunk} must be at least 1")
         if self.dtype is not None and self.dtype not in CACHE_DTYPES:
             raise ValueError(f"a cache of {self.dtype!r}: expected {', '.join(CACHE_DTYPES)}")
-
-
-def platform(mesh: Mesh | AbstractMesh) -> str:
-    """Of the devices of a mesh, which need not be here: "cpu", "gpu" or "tpu"."""
-    return mesh.abstract_mesh.abstract_device.platform
 
 
 def bases(platform: str) -> dict[str, int]:

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "chat": ("infer.generate", ["--chat"], "talk with a model: generate --chat"),
     "serve": ("infer.serve", [], "answer OpenAI's clients, and browsers"),
     "batch": ("infer.batch", [], "answer a file of requests, or make data of a template"),
+    "evaluate": ("infer.evaluate", [], "score a model by lm-eval's tasks"),
     "pretrain": ("train.pretrain", [], "train a model, stage by stage"),
     "prepare": ("train.prepare", [], "turn text into the tokens that pretrain reads"),
     "report": ("train.report", [], "show a run as one HTML page"),

@@ -25,6 +25,7 @@ from llama_jax.kernels import SAVED_NAME, Tokens, visible
 from llama_jax.kernels.paged import Pages, gather_pages, page_positions
 from llama_jax.kernels.tiled import TILE, tiled_attention
 from llama_jax.kernels.two_ended import places, plain
+from llama_jax.mesh import platform
 
 # Of `blocked_attention`: groups of queries that skip keys, and queries that are scored at once.
 _MAX_GROUPS = 8
@@ -102,8 +103,7 @@ def attend_pages(q: Array, pages: Pages, table: Array, positions: Array) -> Arra
 
 def page_head_dim(head_dim: int) -> int:
     """Elements that a head has in a page: on TPUs whole lanes, or the pool would be copied to be read."""
-    on_tpu = jax.sharding.get_abstract_mesh().abstract_device.platform == "tpu"
-    return -(-head_dim // _LANES) * _LANES if on_tpu else head_dim
+    return -(-head_dim // _LANES) * _LANES if platform() == "tpu" else head_dim
 
 
 def gathers_pages(mesh: Mesh) -> bool:

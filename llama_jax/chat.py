@@ -150,9 +150,24 @@ def _encode_template(tokenizer: Tokenizer, template: str, inputs: dict[str, Any]
         rendered = render(template, variables)
     except ValueError as error:
         raise ValueError(str(error).replace(mark, "")) from error
-    ids = []
-    for i, piece in enumerate(re.split(f"({special})(?!{mark})", rendered)):
-        ids += [tokenizer.special_tokens[piece]] if i % 2 else tokenizer.encode(piece.replace(mark, ""))
+    return _with_special(tokenizer, rendered, mark)
+
+
+def encode_written(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text whose special tokens are written out in it, as in what transformers renders of a dialog.
+
+    Not for what others may write: they could write special tokens, too.
+    """
+    return _with_special(tokenizer, text)
+
+
+def _with_special(tokenizer: Tokenizer, text: str, mark: str = "") -> list[int]:
+    """Token ids, with those of the special tokens in the text that no mark follows; marks are taken out."""
+    special, ids = _any_of(tuple(tokenizer.special_tokens)), []
+    for i, piece in enumerate(re.split(f"({special})(?!{mark})" if mark else f"({special})", text)):
+        ids += (
+            [tokenizer.special_tokens[piece]] if i % 2 else tokenizer.encode(piece.replace(mark, "") if mark else piece)
+        )
     return ids
 
 

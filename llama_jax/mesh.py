@@ -134,6 +134,12 @@ def current_mesh() -> AbstractMesh:
     return mesh
 
 
+def platform(mesh: Mesh | AbstractMesh | None = None) -> str:
+    """Of the devices of a mesh, by default the ambient one, which need not be here: "cpu", "gpu" or "tpu"."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return mesh.abstract_mesh.abstract_device.platform
+
+
 def tensor_axes(mesh: Mesh | AbstractMesh) -> MeshAxes:
     """The sub-axes of `tensor`, in order."""
     return tuple(name for name in mesh.axis_names if name.startswith("tensor"))

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
 
 from llama_jax.kernels import narrow, narrow_cpu
+from llama_jax.mesh import platform
 from llama_jax.schemes import Quantization
 
 # On CPUs of how many rows at most and with a weight of how many values at least it is the left operand of a product:
@@ -181,17 +182,17 @@ def _multiply(how: _Product, x: Array, weight: QuantizedArray, *, forward: bool)
     )
     split_inputs = tuple(jax.tree.leaves([how.axes[letter] for letter in how.inputs]))
 
-    platform = jax.sharding.get_abstract_mesh().abstract_device.platform
-    if scale is not None and platform == "cpu":
+    on = platform()
+    if scale is not None and on == "cpu":
         # Two products of int8 by int8 at once end the process (jaxlib 0.10.2, 2048 x 8192): whole numbers as floats.
         x = x.astype(jnp.float32)
 
     def local(x: Array, scale: Array | None, weight: QuantizedArray) -> Array:
         plain = weight.plain()
-        if forward and platform == "cpu" and narrow_cpu.suits(how.subscripts, x, plain):
+        if forward and on == "cpu" and narrow_cpu.suits(how.subscripts, x, plain):
             out = narrow_cpu.product(how.subscripts, x, plain)
         else:
-            out = narrow.product(how.subscripts, x, plain, depth=_DEPTH if platform == "tpu" else 0)
+            out = narrow.product(how.subscripts, x, plain, depth=_DEPTH if on == "tpu" else 0)
         if scale is not None:
             out = out * scale.reshape(*scale.shape, *(1,) * (out.ndim - scale.ndim))
         out = out.astype(how.out_dtype)
@@ -232,8 +233,8 @@ def einsum(
     of_x, of_weight, of_result = re.split(",|->", subscripts)
     specs = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec, out_sharding
     joined = _joined((of_x, of_weight, of_result), specs)
-    platform, num_rows = jax.sharding.get_abstract_mesh().abstract_device.platform, x.shape[0] * x.shape[1]
-    if platform == "tpu" and x.shape[1] > 1:
+    on, num_rows = platform(), x.shape[0] * x.shape[1]
+    if on == "tpu" and x.shape[1] > 1:
         # Rows stay apart where their tokens lie along the lanes, as attention reads them: joined, the batch is between.
         joined -= {"T"}
 
@@ -248,7 +249,7 @@ def einsum(
         return jnp.reshape(array, shape, out_sharding=PartitionSpec(*axes))
 
     multiply = jnp.einsum
-    if platform == "cpu" and of_weight[0] in of_result and 1 < num_rows <= _FEW_ROWS and weight.size >= _LARGE:
+    if on == "cpu" and of_weight[0] in of_result and 1 < num_rows <= _FEW_ROWS and weight.size >= _LARGE:
         multiply = _weight_on_the_left
     out = multiply(
         subscripts.translate(dict.fromkeys(map(ord, joined))),

@@ -268,6 +268,25 @@ def test_the_log_probabilities_of_a_prompt_are_those_of_the_whole_model():
     assert result.cached_tokens == 0
 
 
+@pytest.mark.parametrize(("start", "cached"), [(30, 24), (33, 32), (32, 24), (1, 0), (40, 32), (41, 32)])
+def test_log_probabilities_from_a_token_on_leave_what_is_before_it_to_the_cache(start, cached):
+    under_test, prompt = engine(64, 16), STEM[:40]
+    under_test.generate([prompt], SamplingParams(max_new_tokens=2))
+    settings = SamplingParams(max_new_tokens=2, prompt_logprobs=1, prompt_logprobs_from=start)
+    (result,) = under_test.generate([prompt], settings)
+    expected = np.asarray(jax.nn.log_softmax(logits_after(prompt)))
+    assert result.prompt_logprobs[:start] == [None] * min(start, 40) and not any(result.prompt_top_logprobs[:start])
+    told = [(logprob, place[0][0]) for logprob, place in zip(*told_of(result, start), strict=True)]
+    after = range(start - 1, 39)
+    np.testing.assert_allclose([logprob for logprob, _ in told], [expected[i, prompt[i + 1]] for i in after], atol=1e-4)
+    assert [token for _, token in told] == [expected[i].argmax() for i in after]
+    assert result.cached_tokens == cached and result.tokens == list(alone(tuple(prompt), settings))
+
+
+def told_of(result, start):
+    return result.prompt_logprobs[start:], result.prompt_top_logprobs[start:]
+
+
 class Countdown:
     """A constraint whose only text is 5 4 3 2 1."""
 
@@ -347,7 +366,7 @@ def test_chunks_of_slow_prompts_are_shorter_while_others_decode():
         throughput.last_read = sent
         throughput.count_prefill(sent, 512, 0)
         tokens.append(throughput.tokens_of_a_chunk())
-    assert tokens[0] is None and tokens[1] > 4000 < tokens[2] and 90 < tokens[3] < 103 > tokens[4] and tokens[5] == 64
+    assert tokens[0] is None and tokens[1] > 8000 < tokens[2] and 190 < tokens[3] < 206 > tokens[4] and tokens[5] == 64
 
 
 def test_a_slow_prompt_is_computed_in_short_chunks_only_while_others_decode(monkeypatch):
