@@ -4,6 +4,7 @@ The invariant: seconds in which a program compiles belong to no other count.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 # The part of a dispatch after which the next must be sent, or the devices might wait for it.
@@ -15,6 +16,9 @@ _LONGEST = 0.05
 # Seconds of a chunk of a prompt for which those that decode have to wait, and tokens that it has however slow it is.
 _LONGEST_CHUNK = 2.0
 _LEAST_CHUNK = 64
+
+# Dispatches of prompts of which the one that took least a token counts: short ones take more than long ones.
+_CHUNKS = 16
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Throughput:
     Tokens that were found in the cache are not counted. first_token_seconds is the time from the start of the run to
     its first token, and first_compile_seconds how much of that was compiling.
     last_read is what the clock showed when the last dispatch had been read, last_steps the seconds of a step in the
-    last two that decoded, last_chunks those of a token in the last two of prompts. draft_tokens were guessed ahead, and
+    last two that decoded, last_chunks those of a token in the last of prompts. draft_tokens were guessed ahead, and
     accepted_tokens of them rightly.
     """
 
@@ -67,7 +71,7 @@ class Throughput:
     began: float = field(default_factory=time.perf_counter)
     last_read: float = 0.0
     last_steps: tuple[float, float] = (0.0, 0.0)
-    last_chunks: tuple[float, float] = (0.0, 0.0)
+    last_chunks: deque[float] = field(default_factory=lambda: deque(maxlen=_CHUNKS))
 
     def clock(self) -> float:
         """Seconds that do not pass while a program compiles."""
@@ -78,7 +82,7 @@ class Throughput:
         seconds = self._read(dispatched, new)
         self.prefill_seconds += seconds
         self.prefill_tokens += tokens
-        self.last_chunks = self.last_chunks[1], seconds / tokens
+        self.last_chunks.append(seconds / tokens)
 
     def count_decode(self, dispatched: float, steps: int, new: int) -> None:
         """Likewise so many steps of decoding."""
@@ -101,7 +105,7 @@ class Throughput:
 
     def tokens_of_a_chunk(self) -> int | None:
         """How many tokens of a prompt those that decode can be let wait for; None as long as nothing is known."""
-        seconds = min(self.last_chunks)
+        seconds = min(self.last_chunks, default=0.0)
         return max(_LEAST_CHUNK, int(_LONGEST_CHUNK / seconds)) if seconds else None
 
     def spare_seconds(self, dispatched: float, steps: int) -> float:

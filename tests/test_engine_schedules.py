@@ -360,13 +360,16 @@ def test_slow_steps_are_fewer_to_a_dispatch():
 
 def test_chunks_of_slow_prompts_are_shorter_while_others_decode():
     throughput = Throughput()
-    tokens = []
-    for seconds in (0.1, 0.1, 5.0, 5.0, 50.0, 50.0):
-        sent = throughput.clock() - seconds
-        throughput.last_read = sent
-        throughput.count_prefill(sent, 512, 0)
-        tokens.append(throughput.tokens_of_a_chunk())
-    assert tokens[0] is None and tokens[1] > 8000 < tokens[2] and 190 < tokens[3] < 206 > tokens[4] and tokens[5] == 64
+    assert throughput.tokens_of_a_chunk() is None  # nothing is known
+
+    def after(seconds: float, tokens: int) -> int:
+        sent = throughput.last_read = throughput.clock() - seconds
+        throughput.count_prefill(sent, tokens, 0)
+        return throughput.tokens_of_a_chunk()
+
+    assert after(5.0, 16) == 64  # the least
+    assert 190 < after(5.0, 512) < 206 > after(5.0, 16) > 190  # a short prompt says little
+    assert after(0.01, 512) > 10_000
 
 
 def test_a_slow_prompt_is_computed_in_short_chunks_only_while_others_decode(monkeypatch):

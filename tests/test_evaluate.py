@@ -16,6 +16,7 @@ import llama_jax
 from infer.engine import Engine
 from infer.evaluate import main
 from infer.evaluation import EngineModel
+from infer.sizes import PAGE_SIZE_ELSEWHERE, CacheOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and transformers' own
 
@@ -42,12 +43,23 @@ def theirs():
 
 
 @pytest.fixture(scope="module")
-def ours():
+def scorer():
     with llama_jax.use_mesh("data=1"):
         model = llama_jax.load(DEMO, dtype="float32", layout="decoding")
     tokenizer = llama_jax.load_tokenizer(DEMO)
-    engine = Engine(model, tokenizer, max_seq_len=WINDOW + 2, max_batch_size=4)
-    return EngineModel(engine, tokenizer, "demo")
+
+    def make(max_seq_len, **options):
+        cache = CacheOptions(**options)
+        return EngineModel(
+            Engine(model, tokenizer, max_seq_len=max_seq_len, max_batch_size=4, cache=cache), tokenizer, ""
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ours(scorer):
+    return scorer(WINDOW + 2)
 
 
 def asked(*all_args):
@@ -58,7 +70,15 @@ def test_log_probabilities_of_continuations_are_those_of_transformers(ours, thei
     found, expected = (model.loglikelihood(asked(*PAIRS)) for model in (ours, theirs))
     assert found == [(pytest.approx(total, abs=1e-3), greedy) for total, greedy in expected]
     assert {greedy for _, greedy in found} == {True, False}
-    assert ours._engine.stats().prefix_hit_tokens == 0  # the beginnings are shorter than a page
+
+
+def test_what_answers_have_before_them_is_computed_once(scorer):
+    pairs = asked(*((TEXT, answer) for answer in ("def write(", "import re", "class A:\n")))
+    sharing, alone = scorer(256), scorer(256, share_prefixes=False)
+    expected = [(pytest.approx(total, abs=1e-3), greedy) for total, greedy in alone.loglikelihood(pairs)]
+    assert sharing.loglikelihood(pairs) == expected
+    hits = [model._engine.stats().prefix_hit_tokens for model in (sharing, alone)]
+    assert hits == [2 * PAGE_SIZE_ELSEWHERE, 0]
 
 
 def test_whole_texts_are_scored_in_the_same_windows(ours, theirs):
