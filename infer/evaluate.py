@@ -94,7 +94,7 @@ def find_tasks(args: argparse.Namespace) -> tuple[list[str], "TaskManager"]:
 
 def score(args: argparse.Namespace, hosts: "Hosts", tasks: list[str], manager: "TaskManager") -> None:
     """Print the scores, in the first process."""
-    import lm_eval
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.utils import make_table
 
     from infer.evaluation import EngineModel
@@ -106,7 +106,7 @@ def score(args: argparse.Namespace, hosts: "Hosts", tasks: list[str], manager: "
     if args.run_unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     began = time.perf_counter()
-    found: Any = lm_eval.simple_evaluate(
+    found: Any = simple_evaluate(
         model,
         tasks=tasks,  # type: ignore[arg-type]
         task_manager=manager,

@@ -14,7 +14,7 @@ _MOST = 0.7
 _LONGEST = 0.05
 
 # Seconds of a chunk of a prompt for which those that decode have to wait, and tokens that it has however slow it is.
-_LONGEST_CHUNK = 2.0
+_LONGEST_CHUNK = 3.0
 _LEAST_CHUNK = 64
 
 # Dispatches of prompts of which the one that took least a token counts: short ones take more than long ones.

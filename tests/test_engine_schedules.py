@@ -14,7 +14,6 @@ import llama_jax
 from infer.engine import Engine
 from infer.sampling import SamplingParams
 from infer.sizes import CacheOptions
-from infer.throughput import Throughput
 from tests.schedules import (
     CFG,
     PAGE,
@@ -336,40 +335,6 @@ def test_a_prompt_that_comes_is_computed_next_and_its_first_token_waits_for_noth
         under_test.step()
     for request in (running, coming):
         assert request.result.tokens == list(alone(tuple(request.result.prompt_tokens), request.params))
-
-
-def test_time_is_spare_until_most_of_what_runs_has_run():
-    throughput = Throughput()
-    assert throughput.spare_seconds(throughput.clock(), 8) == 0
-    throughput.last_steps = 20.0, 10.0
-    assert 13 < throughput.spare_seconds(throughput.clock(), 2) < 14.01  # of the shorter, and long ago
-    assert throughput.spare_seconds(throughput.clock() - 15, 2) == 0
-
-
-def test_slow_steps_are_fewer_to_a_dispatch():
-    throughput = Throughput()
-    assert throughput.steps_of_a_dispatch(8) == 8  # nothing is known
-    steps = []
-    for seconds in (0.001, 0.001, 0.02, 0.02, 1.0, 1.0):
-        sent = throughput.clock() - 2 * seconds
-        throughput.last_read = sent
-        throughput.count_decode(sent, 2, 2)
-        steps.append(throughput.steps_of_a_dispatch(8))
-    assert steps == [8, 8, 8, 2, 2, 1]
-
-
-def test_chunks_of_slow_prompts_are_shorter_while_others_decode():
-    throughput = Throughput()
-    assert throughput.tokens_of_a_chunk() is None  # nothing is known
-
-    def after(seconds: float, tokens: int) -> int:
-        sent = throughput.last_read = throughput.clock() - seconds
-        throughput.count_prefill(sent, tokens, 0)
-        return throughput.tokens_of_a_chunk()
-
-    assert after(5.0, 16) == 64  # the least
-    assert 190 < after(5.0, 512) < 206 > after(5.0, 16) > 190  # a short prompt says little
-    assert after(0.01, 512) > 10_000
 
 
 def test_a_slow_prompt_is_computed_in_short_chunks_only_while_others_decode(monkeypatch):
