@@ -99,6 +99,9 @@ def score(args: argparse.Namespace, hosts: "Hosts", tasks: list[str], manager: "
 
     from infer.evaluation import EngineModel
 
+    # Before the weights are read: data may be out of reach. lm-eval asks for it again.
+    loaded = manager.load(tasks)  # type: ignore[arg-type]
+    manager.load = lambda task_list: loaded
     engine, tokenizer, params = load_engine(args, hosts)
     name = args.checkpoint or "demo"
     adapter = next(iter(engine.adapter_names), None)

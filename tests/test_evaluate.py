@@ -176,6 +176,13 @@ def test_the_command_prints_scores_and_writes_what_was_answered(task, theirs, tm
     assert "|choice|" in capsys.readouterr().out
 
 
+def test_data_that_cannot_be_had_is_told_before_a_weight_is_read(task, tmp_path, monkeypatch):
+    (tmp_path / "docs.jsonl").unlink()
+    monkeypatch.setattr("infer.evaluate.load_engine", None)
+    with pytest.raises(FileNotFoundError, match="docs.jsonl"):
+        main(task)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
