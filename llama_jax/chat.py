@@ -164,10 +164,9 @@ def encode_written(tokenizer: Tokenizer, text: str) -> list[int]:
 def _with_special(tokenizer: Tokenizer, text: str, mark: str = "") -> list[int]:
     """Token ids, with those of the special tokens in the text that no mark follows; marks are taken out."""
     special, ids = _any_of(tuple(tokenizer.special_tokens)), []
-    for i, piece in enumerate(re.split(f"({special})(?!{mark})" if mark else f"({special})", text)):
-        ids += (
-            [tokenizer.special_tokens[piece]] if i % 2 else tokenizer.encode(piece.replace(mark, "") if mark else piece)
-        )
+    unmarked = f"(?!{mark})" if mark else ""
+    for i, piece in enumerate(re.split(f"({special}){unmarked}", text)):
+        ids += [tokenizer.special_tokens[piece]] if i % 2 else tokenizer.encode(piece.replace(mark, ""))
     return ids
 
 
