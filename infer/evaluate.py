@@ -16,7 +16,7 @@ from infer.entry import add_model_options, add_plan_options, follow
 from infer.serve import add_engine_options, engine_options, load_engine
 from llama_jax.devices import open_devices, use_compilation_cache
 from llama_jax.entry import run_entry, say
-from llama_jax.paths import as_path, staged_file
+from llama_jax.paths import as_path, is_remote, staged_file
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--num-fewshot must be 0 or more and --limit above 0")
     if len(args.adapter) > 1:
         raise ValueError("evaluate takes one --adapter")
+    if args.samples is not None and not is_remote(args.samples) and not as_path(args.samples).parent.is_dir():
+        raise FileNotFoundError(f"--samples {args.samples}: its directory is not there; make it")
     tasks, manager = find_tasks(args)
     from infer.hosts import Hosts
 
@@ -123,8 +125,6 @@ def score(args: argparse.Namespace, hosts: "Hosts", tasks: list[str], manager: "
         torch_random_seed=None,  # type: ignore[arg-type]
     )
     seconds = time.perf_counter() - began
-    if args.samples is not None:
-        write_samples(args.samples, found["samples"])
     if args.json:
         told = {key: found[key] for key in _TOLD if key in found}
         settings = {"model": name, "limit": args.limit, "chat": args.chat, "system": args.system}
@@ -133,6 +133,8 @@ def score(args: argparse.Namespace, hosts: "Hosts", tasks: list[str], manager: "
         print(make_table(found))
         if found.get("groups"):
             print(make_table(found, "groups"))
+    if args.samples is not None:
+        write_samples(args.samples, found["samples"])
     stats = engine.stats()
     say(
         f"{seconds:.0f} s, {stats.prompt_tokens:,} tokens of prompts, {stats.prefix_hit_tokens:,} of them found in the "

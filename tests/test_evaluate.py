@@ -172,7 +172,7 @@ def test_the_command_prints_scores_and_writes_what_was_answered(task, theirs, tm
     for line, sample in zip(lines, expected["samples"]["choice"], strict=True):
         for (our, _), (their, _) in zip(line["filtered_resps"], sample["filtered_resps"], strict=True):
             assert float(our) == pytest.approx(float(their), abs=1e-3)
-    main([*task, "--limit", "2"])
+    main([*task, "--limit", "2", "--speculate", "ngram"])
     assert "|choice|" in capsys.readouterr().out
 
 
@@ -190,6 +190,7 @@ def test_data_that_cannot_be_had_is_told_before_a_weight_is_read(task, tmp_path,
         (["--tasks", ","], "--tasks names no task"),
         (["--limit", "0"], "--limit above 0"),
         (["--include-path", "nowhere"], "nowhere is no directory"),
+        (["--samples", "nowhere/samples.jsonl"], "its directory is not there"),
         (["--adapter", "a=x", "--adapter", "b=y"], "one --adapter"),
     ],
 )

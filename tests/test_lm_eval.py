@@ -4,33 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 pytest.importorskip("lm_eval", reason='lm-eval is not installed: pip install "llama_jax[eval]"')
 
+from tests.test_evaluate import CHOICE, DEMO, DOCS
 from tests.test_serve import serving
 
-DEMO = Path(__file__).parents[1] / "llama_jax" / "demo"
-DOCS = [
-    {"text": "import os\nimport ", "choices": ["sys", "zebra", "re"], "label": 0},
-    {"text": "def read(self", "choices": [", size", "!?", ")"], "label": 1},
-    {"text": "for i in ", "choices": ["range(10)", "while"], "label": 0},
-]
-CHOICE = """
-task: choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {docs}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: text
-doc_to_choice: choices
-doc_to_target: label
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
 WRITE = """
 task: write
 dataset_path: json
